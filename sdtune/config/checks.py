@@ -1,0 +1,190 @@
+"""What the settings of a recipe demand of each other and of this machine, checked before any work starts."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from sdtune.config.messages import Fault, nearest, show
+from sdtune.config.recipe import TARGET_PRESETS, DataSource, Recipe, Section
+from sdtune.config.shipped import resolve_asset
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+SDXL_PARTS = ("text_encoder_2", "tokenizer_2")
+DENOISING_ONLY = (
+    "objective",
+    "model.clip_skip",
+    "model.vae",
+    "adapter.text_encoder",
+    "optimizer.text_encoder_lr",
+    "images.caption_dropout",
+    "images.max_tokens",
+    "validate.samples",
+)
+LORA_ONLY = ("adapter.rank", "adapter.alpha", "adapter.targets")
+LOADING_ONLY = ("model.variant", "model.revision", "model.vae")
+
+
+def impossible(recipe: Recipe) -> list[Fault]:
+    """All faults of settings that are well formed one by one."""
+    checks = (_names, _start, _parts, _paths, _unused, _adapter, _sources, _measurements, _images, _trackers, _machine)
+    return [fault for check in checks for fault in check(recipe)]
+
+
+def unused_keys(recipe: Recipe) -> dict[str, str]:
+    """Dotted keys that this run would not read, and why. They are refused in a recipe and left out of run.yaml."""
+    keys: dict[str, str] = {}
+    if recipe.task == "autoencoding":
+        why = "an autoencoding run has no text and no timesteps; remove it"
+        keys |= dict.fromkeys(DENOISING_ONLY, why)
+    else:
+        keys["reconstruction"] = "is read by task: autoencoding only; remove it"
+    if recipe.adapter.kind == "full":
+        keys |= dict.fromkeys(LORA_ONLY, "is read by adapter.kind: lora only; remove it")
+    if recipe.model.from_config is not None:
+        keys |= dict.fromkeys(LOADING_ONLY, "is read with model.base only; remove it")
+    return keys
+
+
+def is_given(section: Section, key: str) -> bool:
+    """Whether a dotted key stands in the file, and not as null."""
+    first, _, rest = key.partition(".")
+    name = next((n for n, field in type(section).model_fields.items() if (field.alias or n) == first), first)
+    if name not in section.model_fields_set or getattr(section, name) is None:
+        return False
+    return is_given(getattr(section, name), rest) if rest else True
+
+
+def _unused(recipe: Recipe) -> Iterator[Fault]:
+    for key, why in unused_keys(recipe).items():
+        if is_given(recipe, key):
+            yield key, why
+
+
+def _names(recipe: Recipe) -> Iterator[Fault]:
+    from sdtune.adapters import ADAPTERS
+    from sdtune.families import FAMILIES
+
+    for key, got, known in (
+        ("model.family", recipe.model.family, list(FAMILIES)),
+        ("adapter.kind", recipe.adapter.kind, list(ADAPTERS)),
+    ):
+        if got not in known:
+            yield key, f"got '{got}', expected one of {', '.join(known)}; {nearest(got, known)}"
+
+
+def _start(recipe: Recipe) -> Iterator[Fault]:
+    model = recipe.model
+    if model.base is None and model.from_config is None:
+        yield "model.base", "missing; expected a hub id, a diffusers folder or tiny (from scratch: model.from_config)"
+    if model.base is not None and model.from_config is not None:
+        yield "model.base", "got both model.base and model.from_config, expected one of them"
+
+
+def _parts(recipe: Recipe) -> Iterator[Fault]:
+    parts = recipe.model.from_config
+    if parts is None:
+        return
+    needed = PARTS + SDXL_PARTS * (recipe.model.family == "sdxl")
+    if recipe.task == "autoencoding":
+        needed = ("vae",)
+    for name in parts:
+        if name not in needed:
+            yield f"model.from_config.{name}", f"unknown key; {nearest(name, needed)}"
+    for name in needed:
+        if name not in parts:
+            yield f"model.from_config.{name}", "missing; expected configuration values, or a folder or hub id to load"
+
+
+def _paths(recipe: Recipe) -> Iterator[Fault]:
+    model = recipe.model
+    names: dict[str, object] = {"model.base": model.base, "model.vae": model.vae}
+    names |= {f"model.from_config.{part}": value for part, value in (model.from_config or {}).items()}
+    for key, name in names.items():
+        if isinstance(name, str) and not could_be_model(name):
+            yield key, f"'{name}' does not exist, and is no hub id (user/name); name another with: {key}=FOLDER"
+
+
+def could_be_model(name: str) -> bool:
+    """Whether a name is a path that exists, a shipped asset, a web address or has the form of a hub id."""
+    if Path(resolve_asset(name)).exists() or "://" in name:
+        return True
+    parts = name.split("/")
+    return len(parts) <= 2 and all(parts) and not name.startswith((".", "~")) and "\\" not in name
+
+
+def _adapter(recipe: Recipe) -> Iterator[Fault]:
+    adapter = recipe.adapter
+    if recipe.task == "autoencoding" and adapter.kind != "full":
+        yield "adapter.kind", f"got '{adapter.kind}', expected full: an autoencoding run trains the whole VAE"
+    if adapter.targets == [] or isinstance(adapter.targets, str) and adapter.targets not in TARGET_PRESETS:
+        expected = f"one of {', '.join(TARGET_PRESETS)}, or a list of module names"
+        yield "adapter.targets", f"got {show(adapter.targets)}, expected {expected}"
+    if is_given(recipe, "optimizer.text_encoder_lr") and not adapter.text_encoder and recipe.task == "denoising":
+        yield "optimizer.text_encoder_lr", "the text encoder does not learn; set adapter.text_encoder=true or remove it"
+
+
+def _sources(recipe: Recipe) -> Iterator[Fault]:
+    for number, source in enumerate(recipe.data):
+        for key, what in _source(source, number):
+            yield f"data.{number}.{key}", what
+    if not any(source.role == "instance" for source in recipe.data):
+        yield "data", "no source has role: instance; expected at least one, it is what the run learns"
+
+
+def _source(source: DataSource, number: int) -> Iterator[Fault]:
+    if (source.path is None) == (source.hub is None):
+        got = "nothing" if source.path is None else "both path and hub"
+        yield "path", f"got {got}, expected a path (folder on this machine) or a hub id, one of the two"
+    if source.prompt is not None and source.prompts is not None:
+        yield "prompts", "got both prompt and prompts, expected one of them"
+    if source.role != "class":
+        for key in ("generate", "prompts"):
+            if getattr(source, key) is not None:
+                yield key, f"is read with role: class only, got role: {source.role}; remove it"
+    elif source.prompt is None and source.prompts is None and (source.generate or not _has_captions(source)):
+        yield "prompt", "missing; expected a prompt (or prompts, a text file) that says what the class pictures show"
+    if source.generate and source.hub:
+        yield "generate", "pictures are drawn into a folder, got a hub data set; set path"
+    if source.prompts is not None and not Path(resolve_asset(source.prompts)).is_file():
+        yield "prompts", f"'{source.prompts}' does not exist; expected a text file with one prompt a line"
+    if source.path is not None and not source.generate and not Path(resolve_asset(source.path)).is_dir():
+        exists = Path(resolve_asset(source.path)).exists()
+        what = "is a file, expected a folder" if exists else "does not exist"
+        yield "path", f"'{source.path}' {what}; name a folder of pictures and metadata.jsonl: data.{number}.path=FOLDER"
+
+
+def _has_captions(source: DataSource) -> bool:
+    """Whether the captions come from the data set itself."""
+    return source.hub is not None or any(Path(resolve_asset(source.path or "")).glob("**/metadata.*"))
+
+
+def _measurements(recipe: Recipe) -> Iterator[Fault]:
+    validation = recipe.validation
+    held_out = validation.fraction > 0 or any(source.role == "validation" for source in recipe.data)
+    if validation.every is not None and not held_out and validation.samples is None:
+        ways = "validate.fraction, validate.samples.prompts or a source with role: validation"
+        yield "validate.every", f"there is nothing to measure; set {ways}"
+
+
+def _images(recipe: Recipe) -> Iterator[Fault]:
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(recipe.images.background)
+    except ValueError:
+        yield "images.background", f"got '{recipe.images.background}', expected a colour such as white or '#808080'"
+
+
+def _trackers(recipe: Recipe) -> Iterator[Fault]:
+    for name in recipe.output.trackers:
+        if find_spec(name) is None:
+            yield "output.trackers", f"{name} is not installed; install it with: pip install {name.replace('_', '-')}"
+
+
+def _machine(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.train.precision != "fp16":
+        return
+    import torch
+
+    if not torch.accelerator.is_available():
+        yield "train.precision", "got fp16, which needs a GPU, and this machine has none; expected bf16 or fp32"

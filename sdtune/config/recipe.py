@@ -1,0 +1,202 @@
+"""The settings of a run. Each is described at its field; the reference page is made from here."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Part = dict[str, Any] | str
+TARGET_PRESETS = ("attention", "attention+feedforward", "all")
+
+
+class Section(BaseModel):
+    """Settings that belong together: unknown keys are refused, values are taken as they are written."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+
+class ModelSettings(Section):
+    """Which model is trained. Exactly one of `base` and `from_config`."""
+
+    family: str = Field("stable-diffusion", description="Kind of model: a name of sdtune.families.FAMILIES.")
+    base: str | None = Field(
+        None, description="Where to start: a hub id, a diffusers folder, or `tiny`, the small model that comes along."
+    )
+    from_config: dict[str, Part] | None = Field(
+        None,
+        description="Start from scratch: for each of unet, vae, text_encoder, tokenizer and scheduler its "
+        "configuration values, or the folder or hub id to load that part from.",
+    )
+    vae: str | None = Field(None, description="Folder or hub id of another VAE than the base's.")
+    variant: str | None = Field(None, description="Variant of the weight files, such as fp16.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    clip_skip: int = Field(0, ge=0, description="Layers left out at the end of the text encoder.")
+
+
+class AdapterSettings(Section):
+    """Which parameters learn."""
+
+    kind: str = Field("lora", description="A name of sdtune.adapters.ADAPTERS; full: every parameter.")
+    rank: int = Field(16, ge=1, description="LoRA: width of the two factors.")
+    alpha: float | None = Field(
+        None, gt=0, validate_default=True, description="LoRA: the update is scaled by alpha / rank; null: the rank."
+    )
+    targets: str | list[str] = Field(
+        "attention",
+        description="LoRA: attention, attention+feedforward, all (convolutions too), or a list of module names.",
+    )
+    text_encoder: bool = Field(False, description="Whether the text encoder learns too.")
+
+    @field_validator("alpha")
+    @classmethod
+    def _alpha_is_rank(cls, alpha: float | None, info: ValidationInfo) -> float | None:
+        rank = info.data.get("rank")
+        return float(rank) if alpha is None and rank is not None else alpha
+
+
+class Objective(Section):
+    """What the loss of a denoiser is."""
+
+    prediction: Literal["auto", "epsilon", "v_prediction"] = Field(
+        "auto", description="What the network predicts; auto: what its scheduler says."
+    )
+    snr_gamma: float | None = Field(None, gt=0, description="Clamp of min-SNR weighting, 5.0 in the paper; null: none.")
+
+
+class Reconstruction(Section):
+    """What the loss of an autoencoder is: a weighted sum."""
+
+    l1: float = Field(1.0, ge=0, description="Weight of the absolute error.")
+    l2: float = Field(1.0, ge=0, description="Weight of the squared error.")
+    kl: float = Field(1e-4, ge=0, description="Weight of the KL divergence, mean over the latent elements.")
+
+
+class DataSource(Section):
+    """Pictures: a folder on this machine or a data set on the hub. Exactly one of `path` and `hub`."""
+
+    path: str | None = Field(
+        None, description="Folder with pictures and metadata.jsonl; assets:demo is the set that ships with sdtune."
+    )
+    hub: str | None = Field(None, description="Id of a data set on the hub.")
+    split: str = Field("train", description="Split of the data set.")
+    image_column: str = Field("image", description="Column of the pictures (hub).")
+    text_column: str = Field("text", description="Column of the captions.")
+    prompt: str | None = Field(None, description="The caption of every picture, in place of the data set's own.")
+    role: Literal["instance", "class", "validation"] = Field(
+        "instance",
+        description="instance: what is learned; class: what is kept (prior preservation); validation: only measured.",
+    )
+    repeats: int = Field(1, ge=1, description="How often each picture comes in an epoch.")
+    weight: float = Field(1.0, ge=0, description="Weight of these pictures in the loss.")
+    generate: int | None = Field(
+        None, ge=1, description="Role class: the base draws pictures into `path` until there are so many."
+    )
+    prompts: str | None = Field(None, description="Role class: text file, one prompt a line, used in turn.")
+
+
+class Images(Section):
+    """How a picture becomes pixels, and a caption becomes tokens."""
+
+    resolution: int | list[int] = Field(512, description="Side of the training crop, or [height, width], in pixels.")
+    crop: Literal["center", "random"] = Field("center", description="Where the crop is taken.")
+    flip: bool = Field(False, description="Mirror half of the pictures, drawn anew each epoch.")
+    caption_dropout: float = Field(0.0, ge=0, le=1, description="Share of captions that are emptied.")
+    max_tokens: Literal[75, 150, 225] = Field(75, description="Tokens of a caption that are read, in chunks of 75.")
+    background: str = Field("white", description="Colour behind transparent pictures: a name or #rrggbb.")
+
+    @field_validator("resolution")
+    @classmethod
+    def _multiples_of_eight(cls, resolution: int | list[int]) -> int | list[int]:
+        sides = [resolution] if isinstance(resolution, int) else resolution
+        if len(sides) != (1 if isinstance(resolution, int) else 2) or any(side < 8 or side % 8 for side in sides):
+            raise ValueError("expected a multiple of 8, or [height, width]")
+        return resolution
+
+
+class OptimizerSettings(Section):
+    """How the parameters move."""
+
+    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    lr: float = Field(gt=0, description="Learning rate.", examples=[1e-4])
+    text_encoder_lr: float | None = Field(None, gt=0, description="Learning rate of the text encoder; null: lr.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay.")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="Decay of the two running means."
+    )
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Course of the learning rate after the warmup; linear and cosine end at 0."
+    )
+    warmup: int = Field(0, ge=0, description="Steps in which the rate rises from 0.")
+    clip: float | None = Field(1.0, gt=0, description="Largest norm of the gradient; null: not clipped.")
+
+
+class TrainSettings(Section):
+    """How long and how a run trains."""
+
+    steps: int = Field(ge=1, description="Optimizer steps of the run.", examples=[1000])
+    batch_size: int = Field(1, ge=1, description="Samples of a micro-batch, on each process.")
+    accumulate: int = Field(1, ge=1, description="Micro-batches of a step.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Number format of the computation.")
+    seed: int = Field(0, ge=0, description="Every random number of the run follows from it.")
+    gradient_checkpointing: bool = Field(False, description="Less memory for more time.")
+    cache: bool = Field(True, description="Keep latents and text embeddings in memory instead of encoding them anew.")
+    ema: float | None = Field(None, gt=0, lt=1, description="Decay of the running mean of the weights; null: none.")
+    workers: int = Field(0, ge=0, description="Processes that read pictures.")
+
+
+class Samples(Section):
+    """Pictures drawn while training."""
+
+    prompts: list[str] = Field(min_length=1, description="One picture each.", examples=[["a photo of a dog"]])
+    seed: int = Field(0, ge=0, description="Seed of the first noise.")
+    steps: int = Field(25, ge=1, description="Sampling steps.")
+    guidance: float = Field(7.5, ge=0, description="Guidance scale.")
+    every: int | None = Field(None, ge=1, description="Steps between them; null: validate.every.")
+
+
+class Validation(Section):
+    """What is measured while training."""
+
+    every: int | None = Field(
+        None, ge=1, description="Steps between measurements; null: only before the first step and after the last."
+    )
+    fraction: float = Field(0.0, ge=0, lt=1, description="Share of the instance pictures that is held out.")
+    count: int = Field(64, ge=1, description="At most so many held-out pictures are measured.")
+    samples: Samples | None = Field(None, description="Pictures drawn while training.")
+
+    @model_validator(mode="after")
+    def _samples_follow(self) -> "Validation":
+        if self.samples is not None and self.samples.every is None:
+            self.samples.every = self.every
+        return self
+
+
+class Output(Section):
+    """Where the run is written."""
+
+    dir: str = Field(min_length=1, description="Run folder; it must not exist yet.", examples=["runs/my-run"])
+    checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; null: none.")
+    keep_last: int | None = Field(2, ge=1, description="Checkpoints that are kept; null: all.")
+    trackers: list[
+        Literal["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
+    ] = Field(["tensorboard"], description="Where the numbers also go, through Accelerate.")
+    log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
+
+
+class Recipe(Section):
+    """Everything a run is made of. `validate` in the file is `recipe.validation` here: pydantic owns the other name."""
+
+    task: Literal["denoising", "autoencoding"] = Field(
+        "denoising", description="denoising: text to image; autoencoding: a VAE, without text."
+    )
+    model: ModelSettings = Field(description="Which model is trained.", examples=[{"base": "tiny"}])
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings, description="Which parameters learn.")
+    objective: Objective = Field(default_factory=Objective, description="The loss of a denoiser.")
+    reconstruction: Reconstruction = Field(default_factory=Reconstruction, description="The loss of an autoencoder.")
+    data: list[DataSource] = Field(min_length=1, description="The pictures.", examples=[[{"path": "photos"}]])
+    images: Images = Field(default_factory=Images, description="How pictures and captions are prepared.")
+    optimizer: OptimizerSettings = Field(description="How the parameters move.", examples=[{"lr": 1e-4}])
+    train: TrainSettings = Field(description="How long and how.", examples=[{"steps": 1000}])
+    validation: Validation = Field(default_factory=Validation, alias="validate", description="What is measured.")
+    output: Output = Field(description="Where the run is written.", examples=[{"dir": "runs/my-run"}])
