@@ -1,7 +1,10 @@
-"""Attention, in one place: `attend` is the only function that computes scores."""
+"""Attention, and the transformers made of it. `attend` is the only function that computes scores."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sdtune.models.layers import Checkpointed
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
@@ -38,11 +41,132 @@ class SpatialAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Dropout(0.0)])
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, C, H, W)."""
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H * W, C)
+        tokens = to_tokens(self.group_norm(x))  # (B, H * W, C)
         out = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), heads=1)
-        out = self.to_out[0](out)
-        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
+        return x + to_map(self.to_out[0](out), x.shape[2:])
+
+
+class Attention(nn.Module):
+    """Attention of tokens to each other, or to those of a text.
+
+    Args:
+        channels: width of the tokens.
+        heads: the number of heads; must divide `channels`.
+        context_channels: width of the text's tokens, None for self-attention.
+    """
+
+    def __init__(self, channels: int, heads: int, context_channels: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels or channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """x: (B, N, C), context: (B, M, C_context), bias: broadcast to (B, heads, N, M) -> (B, N, C)."""
+        context = x if context is None else context
+        return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, bias))
+
+
+class GEGLU(nn.Module):
+    """A linear layer, half of which gates the other half. Source: Shazeer 2020, "GLU Variants Improve Transformer"."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, C) -> (B, N, hidden)."""
+        h, gate = self.proj(x).chunk(2, dim=-1)
+        return h * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a gate, four times as wide between them; works on each token alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, C) -> (B, N, C)."""
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, attention to the text, and a feed-forward layer, each around a skip connection.
+
+    Args:
+        channels, heads: of the picture's tokens.
+        context_channels: width of the text's tokens.
+    """
+
+    def __init__(self, channels: int, heads: int, context_channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads, context_channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(
+        self, x: Tensor, context: Tensor, bias: Tensor | None = None, context_bias: Tensor | None = None
+    ) -> Tensor:
+        """x: (B, N, C), context: (B, M, C_context), biases: (B, 1, 1, N) and (B, 1, 1, M) -> (B, N, C)."""
+        x = x + self.attn1(self.norm1(x), bias=bias)
+        x = x + self.attn2(self.norm2(x), context, context_bias)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(Checkpointed):
+    """Transformer blocks over the pixels of a feature map, around a skip connection.
+
+    Args:
+        channels, heads: of the feature map; `heads` must divide `channels`.
+        context_channels: width of the text's tokens.
+        depth: the number of transformer blocks.
+        groups: of the group norm in front.
+        linear: project in and out by linear layers (SD 2.x, SDXL), else by 1x1 convolutions (SD 1.x). The
+            two compute the same; the weights differ in shape.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, context_channels: int, *, depth: int, groups: int, linear: bool
+    ) -> None:
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(channels, heads, context_channels) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(
+        self, x: Tensor, context: Tensor, bias: Tensor | None = None, context_bias: Tensor | None = None
+    ) -> Tensor:
+        """x: (B, C, H, W), the others as in BasicTransformerBlock with N = H * W -> (B, C, H, W)."""
+        size = x.shape[2:]
+        h = self.norm(x)
+        tokens = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))  # (B, H * W, C)
+        for block in self.transformer_blocks:
+            tokens = self.run(block, tokens, context, bias, context_bias)
+        if self.linear:
+            return x + to_map(self.proj_out(tokens), size)
+        return x + self.proj_out(to_map(tokens, size))
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H * W, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_map(tokens: Tensor, size: torch.Size) -> Tensor:
+    """(B, H * W, C) -> (B, C, H, W), with size = (H, W)."""
+    return tokens.transpose(1, 2).unflatten(2, size)
