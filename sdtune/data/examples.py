@@ -1,0 +1,70 @@
+"""One picture as the model sees it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sdtune.data import images
+from sdtune.data.sources import Picture, Source
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture as the model sees it.
+
+    Attributes:
+        pixels: shape (3, H, W), uint8.
+        caption: "" where it was dropped.
+        weight: weight of its loss.
+        instance: whether it is an instance picture, not a class picture.
+        number: the number of its sample in the run.
+        key: equal for equal pixels (same picture, crop and flip), else different; caches stand on it.
+    """
+
+    pixels: Tensor
+    caption: str
+    weight: float
+    instance: bool
+    number: int
+    key: str
+
+
+def validation_examples(
+    sources: Sequence[Source], height: int, width: int, count: int, background: str = "white"
+) -> list[Example]:
+    """At most `count` pictures, evenly spread over the sources: centre crop, no flip, first caption, no dropout.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    pictures = [picture for source in sources for picture in source.pictures]
+    count = min(count, len(pictures))
+    chosen = [pictures[index * len(pictures) // count] for index in range(count)]
+    examples = []
+    for number, picture in enumerate(chosen):
+        pixels = read_resized(picture, height, width, background)  # (3, h, w)
+        top, left = images.place(pixels, height, width, "center", (0.5, 0.5))
+        examples.append(
+            Example(
+                pixels=images.cut(pixels, height, width, top, left, flip=False),
+                caption=picture.captions[0],
+                weight=picture.weight,
+                instance=True,
+                number=number,
+                key=pixel_key(picture, height, width, top, left, flip=False),
+            )
+        )
+    return examples
+
+
+def read_resized(picture: Picture, height: int, width: int, background: str) -> Tensor:
+    """The whole picture, resized to cover the frame: (3, h, w), uint8. Raises DataError where it cannot be read."""
+    content = picture.read()
+    name = f"{picture.origin}: {picture.name}" if isinstance(content, bytes) else None
+    return images.cover(images.open_rgb(content, background, name), height, width)  # (3, h, w)
+
+
+def pixel_key(picture: Picture, height: int, width: int, top: int, left: int, flip: bool) -> str:
+    """Equal for equal pixels, else different."""
+    return f"{picture.origin}|{picture.name}|{height}x{width}+{top}+{left}|{'mirrored' if flip else 'upright'}"

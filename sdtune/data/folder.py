@@ -1,0 +1,213 @@
+"""Pictures and captions of a local folder, in the imagefolder layout of HF `datasets`.
+
+`datasets` reads the metadata files; it looks at no picture, so that a folder of 100,000 loads in seconds. What it lets
+pass (rows without picture, pictures without row) is checked here.
+"""
+
+import glob
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sdtune.data.metadata import METADATA, is_picture, list_files, read_rows
+from sdtune.data.sources import Picture
+from sdtune.errors import DataError
+
+METADATA_FILES = (METADATA, "metadata.csv", "metadata.parquet")
+SPLITS = {"train", "training", "test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"}
+
+
+def folder_pictures(folder: Path, split: str, image_column: str, text_column: str, prompt: str | None) -> list[Picture]:
+    """The pictures of a folder, those of the metadata first and in its order.
+
+    With a prompt, pictures that no row names count too; without one each picture needs a row with a caption.
+
+    Raises:
+        DataError: as `load_source`.
+    """
+    folder = _split_folder(folder, split)
+    files = list_files(folder)
+    metadata = [file for file in files if os.path.basename(file) in METADATA_FILES]
+    pictures = [file for file in files if is_picture(file)]
+    if not pictures and not metadata:
+        raise DataError(
+            f"{folder} holds no pictures; expected files such as .jpg, .png or .webp. Put some in, or give another "
+            "folder with: data.0.path=FOLDER"
+        )
+    if not metadata:
+        if prompt is None:
+            raise DataError(_no_captions(folder, f"{folder} has no {METADATA}, so its pictures have no captions"))
+        return [_picture(folder, name, (prompt,), 1.0) for name in pictures]
+
+    table = _Rows(folder, metadata, image_column, text_column if prompt is None else None)
+    _refuse_missing(folder, table.captions, set(files))
+    unlisted = [name for name in pictures if name not in table.captions and name not in table.other_files]
+    if prompt is not None:
+        names = [*table.captions, *unlisted]
+        return [_picture(folder, name, (prompt,), table.weights.get(name, 1.0)) for name in names]
+    without = [name for name, captions in table.captions.items() if not captions] + unlisted
+    if without:
+        raise DataError(_no_captions(folder, f"{folder}: {_some(without)} without caption"))
+    return [
+        _picture(folder, name, tuple(captions), table.weights.get(name, 1.0))
+        for name, captions in table.captions.items()
+    ]
+
+
+class _Rows:
+    """What the metadata files of a folder say.
+
+    Attributes:
+        captions: for each picture's name its captions, without blank ones; empty if captions are not asked for.
+        weights: for the names whose rows give a weight.
+        other_files: names of masks and other files that rows mention beside the picture.
+    """
+
+    def __init__(self, folder: Path, files: list[str], image_column: str, text_column: str | None) -> None:
+        self.captions: dict[str, list[str]] = {}
+        self.weights: dict[str, float] = {}
+        self.other_files: set[str] = set()
+        columns, image_columns = _read_columns(folder, files)
+        for column in [image_column, *([text_column] if text_column is not None else [])]:
+            if column not in columns:
+                raise DataError(_no_column(folder / files[0], column, text_column, list(columns)))
+        for column in image_columns - {image_column}:
+            self.other_files.update(name for name in _names(folder, columns[column]) if name is not None)
+        none = [None] * len(columns[image_column])
+        texts = columns[text_column] if text_column is not None else none
+        weights = columns.get("weight", none)
+        for number, name in enumerate(_names(folder, columns[image_column])):
+            if name is None:
+                raise DataError(f"{folder / files[0]}, row {number + 1} names no picture; give it a file_name.")
+            self.captions.setdefault(name, []).extend(captions_of(texts[number]))
+            weight = weights[number]
+            if weight is not None and self.weights.setdefault(name, float(weight)) != weight:
+                raise DataError(
+                    f"{folder / files[0]} gives {name} the weights {self.weights[name]} and {weight}; expected one "
+                    "weight a picture: make them equal in all its rows."
+                )
+
+
+def captions_of(text: Any) -> list[str]:
+    """The captions in one cell: a text, a list of texts, or nothing. Stray spaces go, and blank captions with them."""
+    texts = text if isinstance(text, (list, tuple)) else [text]
+    return [str(caption).strip() for caption in texts if caption is not None and str(caption).strip()]
+
+
+def _read_columns(folder: Path, files: list[str]) -> tuple[dict[str, list[Any]], set[str]]:
+    """The columns of all metadata files, and which of them hold paths of pictures.
+
+    The builder is used as such: `load_dataset` would ask the network, guess splits from file names, and keep a cache.
+    """
+    import datasets
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    root = os.path.abspath(folder)
+    data_files = {"train": [os.path.join(glob.escape(root), *glob.escape(file).split("/")) for file in files]}
+    with tempfile.TemporaryDirectory(prefix="sdtune-", ignore_cleanup_errors=True) as cache, _no_progress_bars():
+        try:
+            builder = ImageFolder(data_files=data_files, cache_dir=cache, drop_labels=True)
+            builder.download_and_prepare()
+            table = builder.as_dataset("train", in_memory=True)
+        except Exception as error:  # datasets passes on whatever its readers raise
+            raise _unreadable(folder, files, error) from error
+        images = {name for name, feature in table.features.items() if isinstance(feature, datasets.Image)}
+        for name in images:
+            table = table.cast_column(name, datasets.Image(decode=False))
+        return {name: table[name][:] for name in table.column_names}, images
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    import datasets
+
+    shown = datasets.utils.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _unreadable(folder: Path, files: list[str], error: Exception) -> DataError:
+    """The fault in words: of the line where it is, if reading line by line finds it, else what `datasets` says."""
+    for file in files:
+        if file.endswith(".jsonl"):
+            try:
+                rows = read_rows(folder / file)
+            except DataError as fault:
+                return fault
+            if not rows:
+                return DataError(f"{folder / file} is empty; write a row for each picture, or take the file away.")
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    what = " ".join(str(error).split())
+    return DataError(f"{folder / files[0]} cannot be read as the metadata of an image folder: {what}")
+
+
+def _names(folder: Path, cells: Iterable[dict[str, Any] | None]) -> Iterator[str | None]:
+    """Paths of pictures as `datasets` gives them -> names relative to the folder."""
+    root, known = os.path.abspath(folder), dict[str, str]()
+    for cell in cells:
+        path = (cell or {}).get("path")
+        if path is not None and path not in known:
+            known[path] = os.path.relpath(path, root).replace(os.sep, "/")
+        yield known[path] if path is not None else None
+
+
+def _picture(folder: Path, name: str, captions: tuple[str, ...], weight: float) -> Picture:
+    path = os.path.join(folder, *name.split("/"))
+    return Picture(name, captions, weight, partial(str, path), origin=os.path.abspath(folder))
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    """The folder itself, or its sub-folder for `split` where it is laid out as train/, test/ ..."""
+    if not folder.exists():
+        raise DataError(f"{folder} does not exist; make it with: sdtune caption PHOTOS --out {folder}")
+    if not folder.is_dir():
+        raise DataError(f"{folder} is a file; expected a folder of pictures. Give it with: data.0.path=FOLDER")
+    inner = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    splits = sorted(entry.name for entry in inner if entry.is_dir() and entry.name in SPLITS)
+    if split in splits and len(splits) == len([entry for entry in inner if entry.is_dir() or is_picture(entry.name)]):
+        return folder / split
+    if split != "train":
+        raise DataError(f"{folder} has no split {split!r}; it has: {', '.join(splits) or 'none, only train'}.")
+    return folder
+
+
+def _refuse_missing(folder: Path, names: Iterable[str], files: set[str]) -> None:
+    missing = [name for name in names if name not in files and not (folder / name).is_file()]
+    if missing:
+        raise DataError(
+            f"{folder}: {_some(missing)} named in its metadata but not there; put the files back, or take their rows "
+            "away."
+        )
+
+
+def _some(names: list[str]) -> str:
+    """The first five of the names, and how many there are."""
+    if len(names) == 1:
+        return f"1 picture, {names[0]}, is"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{len(names)} pictures, {', '.join(names[:5])}{more}, are"
+
+
+def _no_captions(folder: Path, what: str) -> str:
+    return (
+        f"{what}; write a row for each into {folder / METADATA}, let them be written with: sdtune caption {folder} "
+        f"--out {folder}-captioned, or give all pictures one caption with: data.0.prompt='a photo of sks dog'"
+    )
+
+
+def _no_column(file: Path, column: str, text_column: str | None, known: list[str]) -> str:
+    others = [name for name in known if name != "image"]
+    which = "text_column" if column == text_column else "image_column"
+    return (
+        f"{file} has no key {column!r}; it has: {', '.join(others) or 'only file_name'}. Name the right one with: "
+        f"data.0.{which}=KEY" + (", or give all pictures one caption with: data.0.prompt=..." if text_column else "")
+    )

@@ -1,0 +1,75 @@
+"""Pictures and captions of a data set of the Hub, through HF `datasets` and its cache."""
+
+from functools import partial
+from typing import Any
+
+from sdtune.data.folder import captions_of
+from sdtune.data.sources import Picture
+from sdtune.errors import DataError, HubError
+
+
+def hub_pictures(hub: str, split: str, image_column: str, text_column: str, prompt: str | None) -> list[Picture]:
+    """One picture a row; a cell with a list of texts holds several captions.
+
+    Raises:
+        HubError: no network, or no such data set.
+        DataError: no such split or column, a row without picture or caption.
+    """
+    import datasets
+
+    table = _load(hub, split)
+    wanted = [image_column] if prompt is not None else [image_column, text_column]
+    for column in wanted:
+        if column not in table.column_names:
+            which = "image_column" if column == image_column else "text_column"
+            raise DataError(
+                f"{hub} ({split}) has no column {column!r}; it has: {', '.join(table.column_names)}. Name the right "
+                f"one with: data.0.{which}=COLUMN"
+            )
+    try:
+        images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{hub} ({split}): the column {image_column!r} holds no pictures ({error}).") from error
+    if prompt is not None:
+        captions: list[tuple[str, ...]] = [(prompt,)] * len(table)
+    else:
+        captions = [tuple(captions_of(text)) for text in table[text_column][:]]
+        without = [index for index, texts in enumerate(captions) if not texts]
+        if without:
+            raise DataError(
+                f"{hub} ({split}): {len(without)} rows have no caption in {text_column!r}, the first is row "
+                f"{without[0]}; give all pictures one caption with: data.0.prompt=..., or choose another column."
+            )
+    origin = f"{hub}:{split}"
+    return [
+        Picture(f"{index:08d}", texts, 1.0, partial(_content, images, index, image_column), origin)
+        for index, texts in enumerate(captions)
+    ]
+
+
+def _load(hub: str, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(hub, split=split)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise HubError(
+            f"the data set {hub!r} is not on the Hub, or not open to you; check the name at https://huggingface.co/"
+            "datasets, and log in with: hf auth login"
+        ) from error
+    except ConnectionError as error:
+        raise HubError(
+            f"the data set {hub!r} is not in the cache and the Hub cannot be reached; check the network, or give a "
+            "local folder with: data.0.hub=null data.0.path=FOLDER"
+        ) from error
+    except Exception as error:  # datasets passes on whatever its readers raise
+        what = " ".join(str(error).split())
+        raise DataError(f"the data set {hub!r} ({split}) cannot be loaded: {what}") from error
+
+
+def _content(images: Any, index: int, column: str) -> bytes | str:
+    cell = images[index][column] or {}
+    content = cell.get("bytes") or cell.get("path")
+    if not content:
+        raise DataError(f"row {index} of the data set has no picture in {column!r}.")
+    return content

@@ -1,0 +1,102 @@
+"""`metadata.jsonl`: one JSON object a line, beside the pictures (the imagefolder layout).
+
+    {"file_name": "dogs/rex.jpg", "text": "a dog on a beach", "weight": 1.0, "mask_file_name": "masks/rex.png"}
+
+`file_name` is relative to the folder, with forward slashes. Several rows with one `file_name` are several captions of
+one picture. `text`, `weight` and `mask_file_name` are optional, and all other keys are kept.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdtune.data.atomic import write_atomically
+from sdtune.errors import DataError
+
+METADATA = "metadata.jsonl"
+PICTURE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+)
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a folder's `metadata.jsonl`, in the order of the file. Empty lines are passed over.
+
+    Args:
+        path: the folder, or the file itself.
+
+    Raises:
+        DataError: there is no such file, or a line is not a JSON object with a `file_name`; names the line.
+    """
+    file = _file(path)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(
+            f"{file} does not exist; make it with: sdtune caption {file.parent} --out {file.parent}-captioned"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}; expected a text file in UTF-8.") from error
+    lines = enumerate(text.split("\n"), start=1)  # not splitlines(): captions may hold other line separators
+    return [_row(file, number, line) for number, line in lines if line.strip()]
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes `metadata.jsonl` in one go: it is there whole or as it was before.
+
+    Args:
+        path: the folder, or the file itself.
+        rows: one mapping a line, each with `file_name`; backslashes in names become slashes.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    lines = [json.dumps(_with_slashes(row), ensure_ascii=False) + "\n" for row in rows]
+    write_atomically(_file(path), "".join(lines).encode("utf-8"))
+
+
+def list_files(folder: str | Path) -> list[str]:
+    """All files under `folder`, sorted, relative to it, with forward slashes.
+
+    Hidden files and folders are passed over, and so are folders that start with two underscores, as `datasets` does.
+    """
+    folder, found = str(folder), []
+    for here, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        inner = os.path.relpath(here, folder).replace(os.sep, "/")
+        prefix = "" if inner == "." else inner + "/"
+        found += [prefix + name for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends like one of a picture."""
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".jsonl" else path / METADATA
+
+
+def _row(file: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{file}, line {number} is not JSON ({error}); got: {line.strip()[:80]}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        raise DataError(
+            f"{file}, line {number} names no picture; got: {line.strip()[:80]}; "
+            'expected a row such as {"file_name": "rex.jpg", "text": "a dog on a beach"}'
+        )
+    return _with_slashes(row)
+
+
+def _with_slashes(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.replace("\\", "/") if key.endswith("file_name") and isinstance(value, str) else value
+        for key, value in row.items()
+    }
