@@ -1,0 +1,90 @@
+"""Class pictures for prior preservation, drawn by the base model itself.
+
+Picture i of a folder has the prompt `prompts[i % len(prompts)]` and the name `class-00000i.png`, and `draw` makes it
+from its number alone. So a run that was stopped goes on with the numbers that are missing, and ends with the pictures
+that it would have made without the stop.
+
+Source: Ruiz et al. 2022, "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation".
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from sdtune.data.atomic import write_atomically
+from sdtune.data.metadata import METADATA, is_picture, list_files, read_rows, write_rows
+from sdtune.errors import DataError
+
+Draw = Callable[[list[str], list[int]], list[Image.Image]]
+NAME = re.compile(r"class-(\d{6,})\.png")
+
+
+def fill_class_folder(
+    folder: str | Path,
+    prompts: Sequence[str],
+    count: int,
+    draw: Draw,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Draws pictures until the folder holds `count`; those that are there, drawn or put there by a person, count.
+
+    A picture is written whole, then its row in `metadata.jsonl`; one without the other is drawn again.
+
+    Args:
+        folder: where they go; made if missing.
+        prompts: drawn in turn.
+        count: how many pictures the folder shall hold.
+        draw: (prompts, numbers) -> pictures; each must depend on its prompt and number only.
+        batch_size: how many are drawn at once.
+        progress: called with (pictures there, count) after each batch.
+
+    Returns:
+        How many were drawn.
+
+    Raises:
+        DataError: the folder holds pictures drawn for other prompts, or cannot be written.
+    """
+    if not prompts:
+        raise DataError("there are no prompts to draw class pictures for; give data.N.prompt, or lines in its file.")
+    folder = Path(folder)
+    rows = {row["file_name"]: row for row in read_rows(folder)} if (folder / METADATA).exists() else {}
+    there = {name for name in list_files(folder) if is_picture(name)} if folder.exists() else set()
+    _refuse_other_prompts(folder, rows, prompts)
+
+    own = {name for name in there if not NAME.fullmatch(name)}  # put there by a person
+    wanted = range(max(0, count - len(own)))
+    missing = [number for number in wanted if _name(number) not in there or _name(number) not in rows]
+    for first in range(0, len(missing), batch_size):
+        numbers = missing[first : first + batch_size]
+        texts = [prompts[number % len(prompts)] for number in numbers]
+        for number, text, picture in zip(numbers, texts, draw(texts, numbers), strict=True):
+            write_atomically(folder / _name(number), _png(picture))
+            rows[_name(number)] = {"file_name": _name(number), "text": text}
+        write_rows(folder, [rows[name] for name in sorted(rows)])
+        if progress is not None:
+            progress(count - len(missing) + first + len(numbers), count)
+    return len(missing)
+
+
+def _name(number: int) -> str:
+    return f"class-{number:06d}.png"
+
+
+def _png(picture: Image.Image) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()
+
+
+def _refuse_other_prompts(folder: Path, rows: dict[str, dict], prompts: Sequence[str]) -> None:
+    for name, row in rows.items():
+        match = NAME.fullmatch(name)
+        if match and row.get("text") != prompts[int(match[1]) % len(prompts)]:
+            raise DataError(
+                f"{folder / name} was drawn for {row.get('text')!r}, but now {prompts[int(match[1]) % len(prompts)]!r} "
+                "is asked for; give an empty folder with: data.N.path=FOLDER, or the prompts of before."
+            )
