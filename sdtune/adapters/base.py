@@ -1,0 +1,35 @@
+"""What the loop asks of an adapter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+
+from sdtune.families.base import Family
+
+Parameters = dict[str, nn.Parameter]
+
+
+class Adapter(Protocol):
+    """Chooses, and if need be adds, the parameters that learn; writes and reads them.
+
+    A run folder's `final/` and each checkpoint's `weights/` hold what `save` writes.
+    """
+
+    def attach(self, family: Family, networks: Sequence[str], seed: int) -> dict[str, Parameters]:
+        """Make parameters of those networks learn; all others stay frozen.
+
+        Args:
+            family: its networks are changed in place.
+            networks: names of `family.modules`.
+            seed: new parameters start as a pure function of it.
+
+        Returns:
+            For each network its learning parameters by name, in float32.
+        """
+        ...
+
+    def save(self, family: Family, folder: Path) -> None:
+        """Write what was learned, in the format that other tools read."""
+        ...

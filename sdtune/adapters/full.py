@@ -1,0 +1,25 @@
+"""Every parameter of the chosen networks learns."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sdtune.adapters.base import Parameters
+from sdtune.families.base import Family
+
+
+class Full:
+    """Adapter `full`: fine-tuning, or training from scratch, of whole networks."""
+
+    def attach(self, family: Family, networks: Sequence[str], seed: int) -> dict[str, Parameters]:
+        """See `Adapter.attach`. Half-precision weights are turned into float32: small updates would be lost in them."""
+        learning: dict[str, Parameters] = {}
+        for name in networks:
+            network = family.modules[name].to(torch.float32).requires_grad_(True).train()
+            learning[name] = dict(network.named_parameters())
+        return learning
+
+    def save(self, family: Family, folder: Path) -> None:
+        """Write the whole model as a diffusers folder."""
+        family.save(folder)

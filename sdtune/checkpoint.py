@@ -1,0 +1,173 @@
+"""Everything a run needs to go on, written aside and renamed, so that a checkpoint is whole or absent.
+
+    checkpoints/step-000100/weights/    laid out as final/: usable by other tools
+    checkpoints/step-000100/state/      trainable.safetensors  optimizer.safetensors  ema.safetensors  state.json
+
+Tensors are safetensors, never pickles. Random numbers need no state (`diffusion/draws.py`).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sdtune.errors import RunError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a small JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A folder to write to, which takes `target`'s place when the block ends well and vanishes when it does not.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written.
+    """
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                flush(file)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+    except OSError as fault:
+        raise RunError(
+            f"'{target}' could not be written ({fault.strerror or fault}); nothing half-written is left. "
+            "Free some disk space or set output.dir to another disk, then go on with --resume"
+        ) from fault
+    except SafetensorError as fault:  # how the library reports a full disk
+        raise RunError(
+            f"'{target}' could not be written ({fault}); nothing half-written is left. Free some disk space, then go on with --resume"
+        ) from fault
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def flush(file: Path) -> None:
+    """Hand a file's bytes to the disk."""
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file next to its place, flush it, then rename it."""
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        with open(aside, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(aside, path)
+    except OSError as fault:
+        aside.unlink(missing_ok=True)
+        raise RunError(f"'{path}' could not be written ({fault.strerror or fault}); free some disk space or choose another place") from fault
+
+
+def save(
+    folder: Path,
+    *,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    averages: Mapping[str, Tensor] | None,
+    scaler: Any | None,
+    save_weights: Callable[[Path], None],
+) -> None:
+    """Write a checkpoint.
+
+    Args:
+        folder: where, e.g. checkpoints/step-000100.
+        step: optimizer steps done.
+        parameters: those that learn, by name, in the optimizer's order.
+        averages: the EMA, by the same names.
+        scaler: the loss scaler of fp16, if any.
+        save_weights: writes `weights/`.
+    """
+    with written_aside(folder) as aside:
+        state = aside / "state"
+        state.mkdir()
+        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, state / "trainable.safetensors")
+        save_file(optimizer_tensors(parameters, optimizer), state / "optimizer.safetensors")
+        if averages is not None:
+            save_file({name: a.cpu().contiguous() for name, a in averages.items()}, state / "ema.safetensors")
+        facts = {"step": step, "format": 1, "scaler": scaler.state_dict() if scaler is not None else None}
+        (state / "state.json").write_text(json.dumps(facts), encoding="utf-8")
+        save_weights(aside / "weights")
+
+
+def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors under "parameter name/what"."""
+    kept: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            kept[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous().clone()
+    return kept
+
+
+def restore(
+    folder: Path,
+    *,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    averages: dict[str, Tensor] | None,
+    scaler: Any | None,
+) -> int:
+    """Put a checkpoint back; returns the number of optimizer steps done.
+
+    Raises:
+        RunError: the checkpoint is damaged, or of a run with other learning parameters.
+    """
+    state = folder / "state"
+    try:
+        facts = json.loads((state / "state.json").read_text(encoding="utf-8"))
+        trainable = load_file(state / "trainable.safetensors")
+        moments = load_file(state / "optimizer.safetensors")
+        averaged = load_file(state / "ema.safetensors") if averages is not None else {}
+    except (OSError, ValueError, SafetensorError) as fault:
+        raise RunError(f"'{folder}' is not a whole checkpoint ({fault}); remove it and resume from the one before") from fault
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in trainable.items()}:
+        raise RunError(
+            f"'{folder}' holds {len(trainable)} learning tensors, this recipe has {len(shapes)}, or they differ in shape; "
+            "resume with the recipe that made it (run.yaml of the run folder)"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(trainable[name])
+        for key, value in moments.items():
+            name, _, what = key.rpartition("/")
+            parameter = parameters[name]
+            optimizer.state[parameter][what] = value if what == "step" else value.to(parameter.device)
+    if averages is not None:
+        for name, average in averages.items():
+            average.copy_(averaged[name])
+    if scaler is not None and facts["scaler"]:
+        scaler.load_state_dict(facts["scaler"])
+    return facts["step"]
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run folder, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if (p / "state" / "state.json").is_file())
+
+
+def forget_old(run: Path, keep: int | None) -> None:
+    """Remove all but the last `keep` checkpoints; None keeps all."""
+    if keep is not None:
+        for folder in all_checkpoints(run)[:-keep]:
+            shutil.rmtree(folder)

@@ -1,0 +1,88 @@
+"""What the loop asks of a model family."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from sdtune.diffusion.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told besides the noisy latents; row i belongs to sample i.
+
+    Attributes:
+        text: token embeddings, (B, L, D).
+        pooled: one embedding a caption, (B, P); SDXL only.
+        time_ids: original height and width, crop top and left, target height and width in pixels, (B, 6); SDXL only.
+    """
+
+    text: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+
+class Family(Protocol):
+    """A kind of diffusion model: loads or makes its networks, encodes, predicts, saves.
+
+    `modules` holds the networks by the name of their folder in a diffusers pipeline. `denoiser` and `text_encoders`
+    name those that adapters may train. `encode_images` and `encode_text` are pure for each row, so that caches can
+    stand before them.
+    """
+
+    modules: Mapping[str, nn.Module]
+    denoiser: str
+    text_encoders: tuple[str, ...]
+    schedule: NoiseSchedule
+
+    @classmethod
+    def load(cls, base: str, *, parts: Sequence[str] | None = None, **options: Any) -> "Family":
+        """Open a diffusers folder or hub id. `parts` limits what is read, e.g. ["vae"].
+
+        Raises:
+            WeightsError: not a model of this family, or damaged. HubError: the Hub has no answer.
+        """
+        ...
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, seed: int, **options: Any) -> "Family":
+        """Make the networks from their configurations, with weights drawn from `seed`."""
+        ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture of that size in pixels."""
+        ...
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the scaled latents, (B, C, h, w) each, of pixels (B, 3, H, W) in [-1, 1]."""
+        ...
+
+    def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        """Embeddings of captions, with `time_ids` still empty."""
+        ...
+
+    def with_sizes(self, conditioning: Conditioning, sizes: Sequence[Sequence[int]]) -> Conditioning:
+        """Add what the family wants to know of the pictures' sizes; nothing for most.
+
+        Args:
+            sizes: six numbers a picture, as `Conditioning.time_ids` has them.
+        """
+        ...
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's answer (epsilon or v, as `schedule.prediction` says), (B, C, h, w)."""
+        ...
+
+    def pipeline(self) -> "DiffusionPipeline":
+        """A diffusers pipeline over these very networks, for sampling."""
+        ...
+
+    def save(self, folder: Path, dtype: str | None = None) -> None:
+        """Write a folder that stock diffusers opens."""
+        ...

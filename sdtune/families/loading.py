@@ -1,0 +1,161 @@
+"""Opening and making the parts of a diffusers pipeline, with errors that say what to do."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sdtune.diffusion import draws
+from sdtune.errors import HubError, SdtuneError, WeightsError
+
+
+def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
+    """`model_index.json` of a diffusers folder or hub id: the pipeline's parts and their classes.
+
+    Raises:
+        WeightsError: `base` is a file, or a folder without model_index.json.
+        HubError: the Hub could not be reached or has no such model.
+    """
+    place = Path(base)
+    if place.is_file():
+        raise WeightsError(
+            f"model.base: '{base}' is a file; expected a diffusers folder (with model_index.json and unet/) or a hub id. "
+            "A single-file checkpoint can be turned into a folder with diffusers' "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
+    if place.is_dir():
+        index = place / "model_index.json"
+        if not index.is_file():
+            found = ", ".join(sorted(p.name for p in place.iterdir())[:6]) or "nothing"
+            raise WeightsError(
+                f"model.base: '{base}' is not a diffusers pipeline: it has no model_index.json (found: {found}). "
+                "Name the folder that holds unet/, vae/, text_encoder/ and model_index.json"
+            )
+        return read_json(index)
+    if not looks_like_hub_id(base):
+        raise WeightsError(
+            f"model.base: '{base}' does not exist, and is no hub id (user/name). Name a diffusers folder, a hub id, "
+            "or 'tiny' for the small model that comes with sdtune"
+        )
+    return read_json(hub_file(base, "model_index.json", revision))
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name that is no path on this machine has the form user/name."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and "\\" not in name
+
+
+def hub_file(repo: str, filename: str, revision: str | None = None) -> Path:
+    """One file of a hub model, downloaded or from the cache. Raises HubError."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, filename, revision=revision))
+    except Exception as fault:  # the library raises requests', httpx's, its own and OS errors here
+        raise hub_error(repo, fault) from fault
+
+
+def hub_error(repo: str, fault: Exception) -> HubError:
+    """One paragraph for whatever went wrong between here and the Hub."""
+    reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+    return HubError(
+        f"'{repo}' is not in this machine's cache and could not be fetched from the Hub ({type(fault).__name__}: {reason}). "
+        f"Check the name and the network; a gated model needs `hf auth login`. On a machine with network: `hf download {repo}`, "
+        "then copy the folder here and name its path; model.base=tiny needs no network"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises WeightsError when it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise WeightsError(f"'{path}' is not readable as JSON ({fault}); the model folder may be damaged") from fault
+    if not isinstance(value, dict):
+        raise WeightsError(f"'{path}' holds no JSON object; the model folder may be damaged")
+    return value
+
+
+def open_part(kind: Any, base: str, subfolder: str | None, **options: Any) -> Any:
+    """`kind.from_pretrained` with errors in plain words.
+
+    Args:
+        kind: a class with `from_pretrained`: a network, tokenizer or configuration.
+        base: folder or hub id. subfolder: the part's folder in it, or None when `base` is the part itself.
+        options: passed on; None values are left out.
+    """
+    place = f"{base}/{subfolder}" if subfolder else base
+    options = {key: value for key, value in options.items() if value is not None}
+    if subfolder:
+        options["subfolder"] = subfolder
+    local = Path(base).exists()
+    if local and not Path(place).is_dir():
+        raise WeightsError(f"'{place}' does not exist; expected a folder with a {kind.__name__}")
+    try:
+        return kind.from_pretrained(base, **options)
+    except SdtuneError:
+        raise
+    except Exception as fault:  # safetensors, json, OS, hub and shape errors of three libraries
+        if not local:
+            raise hub_error(base, fault) from fault
+        reason = " ".join(str(fault).split())[:400]
+        raise WeightsError(f"'{place}' could not be opened as a {kind.__name__}: {reason}") from fault
+
+
+def open_network(kind: Any, base: str, subfolder: str | None, **options: Any) -> nn.Module:
+    """A network with every weight in its place.
+
+    Raises:
+        WeightsError: a tensor is missing, left over or of another shape, or the files are damaged.
+    """
+    network, report = open_part(kind, base, subfolder, output_loading_info=True, **options)
+    missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    extra = [key for key in extra if not key.endswith("position_ids")]  # a buffer that older transformers saved
+    if missing or extra:
+        place = f"{base}/{subfolder}" if subfolder else base
+        raise WeightsError(
+            f"'{place}' does not fit its config.json: {len(missing)} tensors are missing {missing[:3]} and {len(extra)} are "
+            f"left over {extra[:3]}. The folder holds another model's weights, or the download is incomplete"
+        )
+    return network
+
+
+def make_network(kind: Any, config: Mapping[str, Any], seed: int, purpose: str) -> nn.Module:
+    """A network with fresh weights, a pure function of `config`, `seed` and `purpose`."""
+    with draws.seeded_globals(seed, f"weights of {purpose}"):
+        try:
+            return kind(**config)
+        except TypeError as fault:
+            raise WeightsError(f"model.from_config.{purpose}: {fault}") from fault
+
+
+def freeze(modules: Mapping[str, nn.Module]) -> None:
+    """No gradients, evaluation mode: adapters switch on what learns."""
+    for module in modules.values():
+        module.requires_grad_(False).eval()
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> list[list[list[int]]]:
+    """Token ids of captions, in chunks of what the text encoder reads at once.
+
+    Args:
+        tokenizer: a CLIPTokenizer. captions: any texts.
+        max_tokens: tokens kept of a caption, a multiple of 75; longer captions are cut.
+
+    Returns:
+        For each caption `max_tokens / 75` chunks of `model_max_length` ids, each with its own start and end token.
+    """
+    width = tokenizer.model_max_length - 2
+    chunks = max(1, max_tokens // 75)
+    rows = []
+    for ids in tokenizer(list(captions), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]:
+        row = []
+        for c in range(chunks):
+            part = ids[c * width : (c + 1) * width]
+            padding = [tokenizer.pad_token_id] * (width - len(part))
+            row.append([tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *padding])
+        rows.append(row)
+    return rows

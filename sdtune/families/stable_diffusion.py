@@ -1,0 +1,265 @@
+"""Stable Diffusion 1.x, 2.x, inpainting, and every small model of the same build, such as the embedded tiny base."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sdtune.diffusion.schedule import NoiseSchedule
+from sdtune.errors import WeightsError
+from sdtune.families.base import Conditioning
+from sdtune.families.loading import (
+    freeze,
+    hub_file,
+    make_network,
+    open_network,
+    open_part,
+    read_index,
+    read_json,
+    tokenize,
+)
+from sdtune.families.saving import save_index, save_parts
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+# What a model from scratch samples with; the noise schedule of the recipe is added to it.
+SAMPLER = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing"}
+
+
+class StableDiffusion:
+    """Family `stable-diffusion`: one CLIP text encoder, a UNet over the latents of a VAE.
+
+    Args:
+        modules: networks by folder name: unet, vae, text_encoder; a VAE alone is enough for autoencoding.
+        tokenizer: CLIPTokenizer, or None without a text encoder.
+        scheduler: scheduler_config.json as a dict; None without a UNet.
+        clip_skip: how many of the text encoder's last layers are left out.
+        max_tokens: 75, 150 or 225: longer captions are encoded in chunks up to this length.
+    """
+
+    denoiser = "unet"
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    parts: tuple[str, ...] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    pipeline_names: tuple[str, ...] = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        tokenizer: Any = None,
+        scheduler: Mapping[str, Any] | None = None,
+        clip_skip: int = 0,
+        max_tokens: int = 75,
+    ) -> None:
+        self.modules = dict(modules)
+        self.tokenizers = {"tokenizer": tokenizer} if tokenizer is not None else {}
+        self.scheduler = dict(scheduler or {})
+        self.clip_skip, self.max_tokens = clip_skip, max_tokens
+        freeze(self.modules)
+
+    # --- making one -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        base: str,
+        *,
+        parts: Sequence[str] | None = None,
+        vae: str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        clip_skip: int = 0,
+        max_tokens: int = 75,
+    ) -> "StableDiffusion":
+        """Open a diffusers folder or hub id; see `Family.load`. `vae` names another VAE (its own folder or hub id)."""
+        index = read_index(base, revision)
+        if index.get("_class_name") not in cls.pipeline_names:
+            raise WeightsError(
+                f"model.base: '{base}' is a {index.get('_class_name')}; this family opens {' or '.join(cls.pipeline_names)}. "
+                "Set model.family to the one that fits (sdtune recipes ls shows recipes for each)"
+            )
+        opened = {}
+        for part in parts or cls.parts:
+            if part == "vae" and vae:
+                subfolder = "vae" if (Path(vae) / "vae").is_dir() else None
+                opened[part] = cls.open(part, vae, subfolder)
+            else:
+                opened[part] = cls.open(part, base, part, variant=variant, revision=revision)
+        return cls.assemble(opened, clip_skip, max_tokens)
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], *, seed: int, clip_skip: int = 0, max_tokens: int = 75
+    ) -> "StableDiffusion":
+        """Networks from scratch. A part given as text is a folder or hub id to open instead.
+
+        Args:
+            config: for each part its configuration (a dict) or where to load it from.
+            seed: the weights are a pure function of it.
+        """
+        opened: dict[str, Any] = {}
+        for part, value in sorted(config.items(), key=lambda item: "tokenizer" not in item[0]):  # tokenizers first
+            if isinstance(value, str):
+                opened[part] = cls.open(part, value, part if (Path(value) / part).is_dir() else None)
+            elif part == "scheduler":
+                opened[part] = SAMPLER | value
+            else:
+                opened[part] = cls.make(part, dict(value), seed, opened)
+        return cls.assemble(opened, clip_skip, max_tokens)
+
+    @classmethod
+    def assemble(cls, opened: Mapping[str, Any], clip_skip: int, max_tokens: int) -> "StableDiffusion":
+        """The family from its opened parts; checks that they fit together."""
+        modules = {name: part for name, part in opened.items() if isinstance(part, nn.Module)}
+        family = cls(modules, opened.get("tokenizer"), opened.get("scheduler"), clip_skip, max_tokens)
+        if {"unet", "text_encoder"} <= modules.keys():
+            family.check_widths()
+        return family
+
+    @classmethod
+    def open(cls, part: str, base: str, subfolder: str | None, **options: Any) -> Any:
+        """One part of a pipeline folder: a network, tokenizer or the scheduler's configuration."""
+        if part.startswith("tokenizer"):
+            from transformers import CLIPTokenizer
+
+            options.pop("variant", None)
+            return open_part(CLIPTokenizer, base, subfolder, **options)
+        if part == "scheduler":
+            name = f"{subfolder}/scheduler_config.json" if subfolder else "scheduler_config.json"
+            local = Path(base).is_dir()
+            return read_json(Path(base) / name if local else hub_file(base, name, options.get("revision")))
+        return open_network(cls.network_class(part), base, subfolder, **options)
+
+    @classmethod
+    def make(cls, part: str, config: dict[str, Any], seed: int, opened: Mapping[str, Any]) -> nn.Module:
+        """One network from its configuration; a text encoder takes its vocabulary from the tokenizer."""
+        kind = cls.network_class(part)
+        if part.startswith("text_encoder"):
+            tokenizer = opened[part.replace("text_encoder", "tokenizer")]
+            special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+            special |= {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
+            config = {"config": kind.config_class(**special | config)}
+        return make_network(kind, config, seed, part)
+
+    @classmethod
+    def network_class(cls, part: str) -> Any:
+        """The class of a part."""
+        if part == "unet":
+            from sdtune.models import UNet2DConditionModel
+
+            return UNet2DConditionModel
+        if part == "vae":
+            from sdtune.models import AutoencoderKL
+
+            return AutoencoderKL
+        from transformers import CLIPTextModel
+
+        return CLIPTextModel
+
+    def check_widths(self) -> None:
+        """The text encoder, UNet and VAE agree in width. Raises WeightsError."""
+        unet, text, vae = (self.modules[name].config for name in ("unet", "text_encoder", "vae"))
+        if unet.cross_attention_dim != self.text_width(text):
+            raise WeightsError(
+                f"the UNet reads text of width {unet.cross_attention_dim}, the text encoder gives {self.text_width(text)}; "
+                "take both from the same model"
+            )
+        if unet.out_channels != vae.latent_channels:
+            raise WeightsError(f"the UNet works on {unet.out_channels} latent channels, the VAE makes {vae.latent_channels}")
+
+    def text_width(self, text: Any) -> int:
+        """Width of the token embeddings that the UNet is given."""
+        return text.hidden_size
+
+    # --- what the loop asks -----------------------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule the model was trained with."""
+        return NoiseSchedule.from_config(self.scheduler)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture of height x width pixels."""
+        config = self.modules["vae"].config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        return config.latent_channels, height // factor, width // factor
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the scaled latents; see `Family.encode_images`."""
+        vae = self.modules["vae"]
+        with torch.autocast(pixels.device.type, enabled=False):  # in fp16 SDXL's VAE overflows
+            posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale  # (B, C, h, w) each
+
+    def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        """Token embeddings (B, L, D); L is 77 for each chunk of 75 tokens."""
+        return Conditioning(self.embed("text_encoder", "tokenizer", captions)[0])
+
+    def embed(self, encoder: str, tokenizer: str, captions: Sequence[str]) -> tuple[Tensor, Any]:
+        """Token embeddings (B, L, D) of one text encoder, and its whole answer for the first chunk."""
+        network = self.modules[encoder]
+        ids = torch.tensor(tokenize(self.tokenizers[tokenizer], captions, self.max_tokens), device=network.device)
+        answers = [network(chunk, output_hidden_states=True) for chunk in ids.unbind(1)]  # ids (B, chunks, 77)
+        return torch.cat([self.hidden(network, answer) for answer in answers], dim=1), answers[0]
+
+    def hidden(self, network: nn.Module, answer: Any) -> Tensor:
+        """The layer that the UNet reads, (B, 77, D): the last, or `clip_skip` before it, normalised as the last is."""
+        if not self.clip_skip:
+            return answer.last_hidden_state
+        norm = getattr(network, "text_model", network).final_layer_norm
+        return norm(answer.hidden_states[-1 - self.clip_skip])
+
+    def with_sizes(self, conditioning: Conditioning, sizes: Sequence[Sequence[int]]) -> Conditioning:
+        """Stable Diffusion 1.x and 2.x are not told of sizes."""
+        return conditioning
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The UNet's answer, (B, C, h, w)."""
+        return self.modules["unet"](x_t, t, encoder_hidden_states=conditioning.text, return_dict=False)[0]
+
+    # --- handing it on ----------------------------------------------------------------------------------------------
+
+    def pipeline(self) -> "StableDiffusionPipeline":
+        """A diffusers pipeline over these networks."""
+        from diffusers import StableDiffusionPipeline
+
+        return quiet(StableDiffusionPipeline)(
+            **self.modules,
+            tokenizer=self.tokenizers["tokenizer"],
+            scheduler=self.sampler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def sampler(self) -> Any:
+        """The scheduler that the model's folder names."""
+        import diffusers
+
+        return getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler)
+
+    def save(self, folder: Path, dtype: str | None = None) -> None:
+        """Write a pipeline folder that stock diffusers opens. `dtype`: float16 halves it; None keeps each network's."""
+        save_parts(folder, self.modules, self.tokenizers, dtype)
+        if "unet" in self.modules:
+            self.sampler().save_pretrained(folder / "scheduler")
+            save_index(folder, self.pipeline())
+
+
+def quiet(pipeline: Any) -> Any:
+    """The constructor without the library's log about our classes standing where its own are expected."""
+    import logging
+
+    def make(**parts: Any) -> Any:
+        log = logging.getLogger("diffusers.pipelines.pipeline_utils")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
+            return pipeline(**parts)
+        finally:
+            log.setLevel(level)
+
+    return make

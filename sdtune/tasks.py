@@ -1,0 +1,200 @@
+"""What is learned: a task joins a family with an objective, and answers with one loss a sample.
+
+`TrainStep` is the one module that the loop prepares: mixed precision and several processes see nothing else.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sdtune.data.batches import Batch
+from sdtune.data.cache import MemoryCache
+from sdtune.data.images import to_float
+from sdtune.diffusion import draws
+from sdtune.diffusion.objectives import denoising_loss, reconstruction_loss
+from sdtune.errors import WeightsError
+from sdtune.families.base import Conditioning, Family
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a batch; row i belongs to sample i.
+
+    Attributes:
+        posterior: standard normal, (B, C, h, w): which latents stand for a picture.
+        noise: standard normal, (B, C, h, w): what is added to them; None for autoencoding.
+        t: timesteps, int64, (B,); None for autoencoding.
+    """
+
+    posterior: Tensor
+    noise: Tensor | None = None
+    t: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same on another device."""
+        return Draws(*(None if x is None else x.to(device) for x in (self.posterior, self.noise, self.t)))  # type: ignore[arg-type]
+
+
+class Task(Protocol):
+    """What the loop asks: which networks take part, random numbers for a batch, losses."""
+
+    modules: Mapping[str, nn.Module]
+
+    def draw(self, batch: Batch, seed: int) -> Draws:
+        """Random numbers for each sample, a pure function of (seed, its number in the run)."""
+        ...
+
+    def draw_fixed(self, batch: Batch, seed: int, total: int) -> Draws:
+        """For the held-out loss: the same at every step, timesteps spread evenly over `total` samples."""
+        ...
+
+    def losses(self, batch: Batch, drawn: Draws) -> Tensor:
+        """One loss a sample, (B,), float32."""
+        ...
+
+
+class TrainStep(nn.Module):
+    """A task as one module: `forward(batch, draws)` returns its losses, (B,)."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task = task
+        self.networks = nn.ModuleDict(task.modules)
+
+    def forward(self, batch: Batch, drawn: Draws) -> Tensor:
+        """Losses of shape (B,), float32."""
+        return self.task.losses(batch, drawn)
+
+
+class DenoisingTask:
+    """Learn to predict the noise in noisy latents, told of a caption.
+
+    Args:
+        family: the model.
+        snr_gamma: Min-SNR clamp, or None.
+        cache: keep the latents of pictures, and the embeddings of captions when no text encoder learns, in memory.
+    """
+
+    def __init__(self, family: Family, *, snr_gamma: float | None = None, cache: bool = True) -> None:
+        self.family, self.snr_gamma = family, snr_gamma
+        self.modules = family.modules
+        self.schedule = family.schedule
+        learns = any(p.requires_grad for name in family.text_encoders for p in family.modules[name].parameters())
+        self.text_learns = learns
+        self.latents = MemoryCache() if cache else None
+        self.text = MemoryCache() if cache and not learns else None
+
+    def draw(self, batch: Batch, seed: int) -> Draws:
+        """See `Task.draw`."""
+        rows = [(number, int(i >= batch.instances)) for i, number in enumerate(batch.numbers)]  # 1: class pictures
+        t = [draws.integer(len(self.schedule), seed, "timestep", *row) for row in rows]
+        return self.noises(batch, seed, "", rows, t)
+
+    def draw_fixed(self, batch: Batch, seed: int, total: int) -> Draws:
+        """See `Task.draw_fixed`."""
+        rows = [(number,) for number in batch.numbers]
+        t = [int((number + 0.5) / total * len(self.schedule)) for number in batch.numbers]
+        return self.noises(batch, seed, "validation ", rows, t)
+
+    def noises(self, batch: Batch, seed: int, purpose: str, rows: Sequence[tuple[int, ...]], t: list[int]) -> Draws:
+        """Posterior draw and noise of each row, beside given timesteps."""
+        shape = self.family.latent_shape(*batch.pixels.shape[-2:])
+        posterior = torch.stack([draws.normal(shape, seed, f"{purpose}posterior", *row) for row in rows])
+        noise = torch.stack([draws.normal(shape, seed, f"{purpose}noise", *row) for row in rows])
+        return Draws(posterior, noise, torch.tensor(t))  # (B, C, h, w), (B, C, h, w), (B,)
+
+    def losses(self, batch: Batch, drawn: Draws) -> Tensor:
+        """See `Task.losses`."""
+        assert drawn.noise is not None and drawn.t is not None
+        mean, std = self.encode_images(batch)
+        x0 = mean + std * drawn.posterior  # (B, C, h, w)
+        conditioning = self.family.with_sizes(self.encode_text(batch.captions), sizes(batch))
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            return self.family.predict(x_t, t, conditioning)
+
+        return denoising_loss(predict, x0, drawn.noise, drawn.t, self.schedule, self.snr_gamma)
+
+    @torch.no_grad()
+    def encode_images(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents, (B, C, h, w) each; from memory where they are known."""
+
+        def compute(rows: list[int]) -> tuple[Tensor, ...]:
+            return self.family.encode_images(to_float(batch.pixels[rows]))
+
+        device = batch.pixels.device
+        if self.latents is None:
+            return compute(list(range(len(batch.keys))))  # type: ignore[return-value]
+        return self.latents.get(batch.keys, compute, device)  # type: ignore[return-value]
+
+    def encode_text(self, captions: list[str]) -> Conditioning:
+        """Embeddings of captions; from memory where they are known and cannot change."""
+        if self.text_learns:
+            return self.family.encode_text(captions)
+
+        def compute(rows: list[int]) -> tuple[Tensor, ...]:
+            found = self.family.encode_text([captions[i] for i in rows])
+            return (found.text,) if found.pooled is None else (found.text, found.pooled)
+
+        with torch.no_grad():
+            if self.text is None:
+                return Conditioning(*compute(list(range(len(captions)))))
+            device = next(self.modules[self.family.denoiser].parameters()).device
+            return Conditioning(*self.text.get(captions, compute, device))
+
+
+class AutoencodingTask:
+    """Learn to give a picture back from its latents.
+
+    Args:
+        family: holds the VAE. l1, l2, kl: weights of the loss terms.
+    """
+
+    def __init__(self, family: Family, *, l1: float = 1.0, l2: float = 1.0, kl: float = 1e-4) -> None:
+        if "vae" not in family.modules:
+            raise WeightsError("task autoencoding trains a VAE, and the model has none; give model.from_config.vae or model.base")
+        self.family = family
+        self.modules = {"vae": family.modules["vae"]}
+        self.weights = {"l1": l1, "l2": l2, "kl": kl}
+
+    def draw(self, batch: Batch, seed: int) -> Draws:
+        """See `Task.draw`."""
+        return self.posterior(batch, seed, "posterior")
+
+    def draw_fixed(self, batch: Batch, seed: int, total: int) -> Draws:
+        """See `Task.draw_fixed`."""
+        return self.posterior(batch, seed, "validation posterior")
+
+    def posterior(self, batch: Batch, seed: int, purpose: str) -> Draws:
+        """Which latents stand for each picture."""
+        shape = self.family.latent_shape(*batch.pixels.shape[-2:])
+        return Draws(torch.stack([draws.normal(shape, seed, purpose, number) for number in batch.numbers]))
+
+    def losses(self, batch: Batch, drawn: Draws) -> Tensor:
+        """See `Task.losses`."""
+        vae = self.modules["vae"]
+        pixels = to_float(batch.pixels)  # (B, 3, H, W)
+        posterior = vae.encode(pixels).latent_dist
+        z = posterior.mean + posterior.std * drawn.posterior  # (B, C, h, w)
+        return reconstruction_loss(pixels, vae.decode(z).sample, posterior.mean, posterior.logvar, **self.weights)
+
+    @torch.no_grad()
+    def set_scaling_factor(self, batches: Sequence[Batch]) -> float:
+        """Write 1 / deviation of all latents into the VAE's configuration, so that scaled latents have deviation 1.
+
+        Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", appendix G.
+        """
+        vae = self.modules["vae"]
+        latents = torch.cat([vae.encode(to_float(batch.pixels)).latent_dist.mean.float().cpu() for batch in batches])
+        factor = 1.0 / latents.std().item()
+        vae.register_to_config(scaling_factor=factor)
+        return factor
+
+
+def sizes(batch: Batch) -> list[tuple[int, ...]]:
+    """Original size, crop and target size of each picture, as `Conditioning.time_ids` has them."""
+    height, width = batch.pixels.shape[-2:]
+    return [(height, width, 0, 0, height, width)] * len(batch)
