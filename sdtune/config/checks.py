@@ -109,7 +109,7 @@ def could_be_model(name: str) -> bool:
     if Path(resolve_asset(name)).exists() or "://" in name:
         return True
     parts = name.split("/")
-    return len(parts) <= 2 and all(parts) and not name.startswith((".", "~")) and "\\" not in name
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and "\\" not in name
 
 
 def _adapter(recipe: Recipe) -> Iterator[Fault]:

@@ -1,0 +1,235 @@
+"""The command `sdtune`: arguments in, exit codes out.
+
+Each command imports what it runs inside, so that `--help` and `recipes` do not wait for torch. Results go to stdout,
+everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted.
+"""
+
+import errno
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdtune import __version__
+from sdtune.errors import SdtuneError, UsageError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Turn a folder of pictures into a fine-tuned text-to-image model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes", help="The recipes that come with sdtune.")
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on one line, last on stdout.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `sdtune recipes ls`.")]
+
+
+def main() -> None:
+    """Entry point of the command and of `python -m sdtune`."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        print(f"sdtune {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="In place of the recipe's: train.steps=10.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train what a recipe says. On several processes: accelerate launch -m sdtune train RECIPE."""
+
+    def run() -> int:
+        from sdtune.run import command
+
+        return command(recipe, overrides or [], resume=resume, as_json=as_json)
+
+    _end_with(run, debug)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run folder, diffusers folder or hub id, or tiny.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be given several times.")],
+    negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
+    lora: Annotated[str | None, typer.Option(help="A LoRA file, or a folder or run with one.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count on.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
+    guidance: Annotated[float, typer.Option(min=0, help="Guidance scale.")] = 7.5,
+    count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw pictures from prompts."""
+
+    def run() -> int:
+        from sdtune.sample import command
+
+        return command(
+            model,
+            prompt,
+            negative_prompt=negative_prompt,
+            lora=lora,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            count=count,
+            out=out,
+            as_json=as_json,
+        )
+
+    _end_with(run, debug)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    no_prior: Annotated[bool, typer.Option("--no-prior", help="No class pictures: see what is forgotten.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Teach the embedded tiny model 16 new things and report what it learned: about 4 minutes on a CPU, offline."""
+
+    def run() -> int:
+        from sdtune.demo import command
+
+        return command(out, prior=not no_prior, as_json=as_json)
+
+    _end_with(run, debug)
+
+
+@recipes_app.command("ls")
+def recipes_ls(debug: Debug = False) -> None:
+    """List the shipped recipes."""
+
+    def run() -> int:
+        from sdtune.config.shipped import shipped_recipes
+
+        recipes = shipped_recipes()
+        width = max(map(len, recipes), default=0)
+        for name, path in recipes.items():
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
+            print(f"{name:<{width}}  {first.removeprefix('#').strip()}")
+        return 0
+
+    _end_with(run, debug)
+
+
+@recipes_app.command("show")
+def recipes_show(name: Name, debug: Debug = False) -> None:
+    """Print a recipe."""
+
+    def run() -> int:
+        print(_shipped(name).read_text(encoding="utf-8"), end="")
+        return 0
+
+    _end_with(run, debug)
+
+
+@recipes_app.command("cp")
+def recipes_cp(
+    name: Name,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The new file, or a folder for it.")],
+    debug: Debug = False,
+) -> None:
+    """Copy a recipe, to change it. An existing file is never overwritten."""
+
+    def run() -> int:
+        source = _shipped(name)
+        target = file / source.name if file.is_dir() else file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with target.open("x", encoding="utf-8") as copy:
+                copy.write(source.read_text(encoding="utf-8"))
+        except FileExistsError:
+            raise UsageError(f"'{target}' exists already and is not overwritten; name another file") from None
+        print(f"{target}: train it with: sdtune train {target}", file=sys.stderr)
+        return 0
+
+    _end_with(run, debug)
+
+
+def _shipped(name: str) -> Path:
+    """The file of a shipped recipe. Raises UsageError with the nearest name."""
+    from sdtune.config.shipped import shipped_recipes
+
+    recipes = shipped_recipes()
+    if name not in recipes:
+        import difflib
+
+        close = difflib.get_close_matches(name, recipes, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(recipes)}"
+        raise UsageError(f"no shipped recipe is called '{name}'; {hint}")
+    return recipes[name]
+
+
+def _end_with(run: Callable[[], int], debug: bool) -> None:
+    """Run a command and leave with its exit code; errors become one paragraph on stderr.
+
+    `debug` lets an error through, with its traceback.
+    """
+    try:
+        code = run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        raise  # whoever read the output has gone: the library ends quietly
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {_paragraph(error)}", file=sys.stderr)
+        code = error.exit_code if isinstance(error, SdtuneError) else 1
+    raise typer.Exit(code)
+
+
+def _paragraph(error: Exception) -> str:
+    """An error in words, with what to do next."""
+    if isinstance(error, SdtuneError):
+        return str(error)
+    if any(_is_disk_full(cause) for cause in _causes(error)):
+        place = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        return (
+            f"there is no space left on the disk{place}. Make room, or write elsewhere with output.dir=FOLDER or "
+            "--out; a run that has a checkpoint goes on with the same command and --resume"
+        )
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return (
+            "the memory is full. Try train.batch_size=1 with a larger train.accumulate, train.precision=bf16, "
+            "train.gradient_checkpointing=true or a smaller images.resolution"
+        )
+    what = " ".join(str(error).split()) or "no message"
+    return f"unexpected {type(error).__name__}: {what}. Run the same command with --debug to see where it happened"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether the disk, or the share of it that the user may fill, is full."""
+    full = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows knows no quota error
+    if isinstance(error, OSError) and error.errno in full:
+        return True
+    return "No space left on device" in str(error)  # safetensors and torch raise their own kinds
