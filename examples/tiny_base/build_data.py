@@ -16,7 +16,6 @@ Two runs write the same bytes.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -28,10 +27,13 @@ from catalogue import SUBJECTS, Concept, read_concepts
 from choose import choose_demo, choose_held_out, shuffled
 from PIL import Image
 
+from sdtune.data.metadata import write_rows
+
 HELD_OUT_SEED, HELD_OUT_FRACTION = 0, 0.1
 STYLE_SEED, STYLE_COUNT = 0, 32
 DEMO_COUNT = 16
 VOCABULARY = 2048
+LAST = "style_unseen.json"
 COLUMNS = 19  # of a thumbnail sheet: 285 = 15 rows of 19
 
 
@@ -46,8 +48,7 @@ def write_folder(folder: Path, concepts: list[Concept], styles: tuple[str, ...])
             name = f"{concept.code}.png" if len(styles) == 1 else f"{style}-{concept.code}.png"
             Image.fromarray(concept.pictures[style]).save(folder / name, optimize=True)
             rows.append({"file_name": name, "text": concept.name, "concept": concept.code, "style": style})
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_rows(folder, rows)
 
 
 def write_thumbnails(folder: Path, concepts: list[Concept]) -> None:
@@ -57,7 +58,7 @@ def write_thumbnails(folder: Path, concepts: list[Concept]) -> None:
         tiles = np.stack([concept.pictures[style] for concept in concepts])  # (N, 64, 64, 3)
         rows = [np.concatenate(list(tiles[i : i + COLUMNS]), axis=1) for i in range(0, len(tiles), COLUMNS)]
         sheet = Image.fromarray(np.concatenate(rows, axis=0))
-        sheet.save(folder / f"{style}.webp", lossless=True, quality=100, method=6)
+        sheet.save(folder / f"{style}.webp", lossless=True, quality=80, method=6)
     rows = [{"name": concept.name, "concept": concept.code} for concept in concepts]
     write_json(folder / "names.json", {"size": 64, "columns": COLUMNS, "concepts": rows})
 
@@ -73,6 +74,8 @@ def check(base: list[Concept], demo: list[Concept]) -> None:
 
 def build(packages: Path, out: Path, assets: Path | None) -> None:
     """Everything, into `out` (replaced as a whole once it is complete) and `assets`."""
+    if out.exists() and not (out / LAST).exists():
+        sys.exit(f"error: {out} exists and was not made by this script; name another folder with --out")
     concepts = read_concepts(packages)
     base = [concept for concept in concepts if concept.both and concept.category in SUBJECTS]
     held_out = choose_held_out(concepts, HELD_OUT_FRACTION, HELD_OUT_SEED)
@@ -89,7 +92,7 @@ def build(packages: Path, out: Path, assets: Path | None) -> None:
         write_folder(new / "vae_held_out", [c for c in concepts if c.code in held_out], both)
         write_folder(new / "style_train", [c for c in base if c.code in style], ("noto",))
         unseen = [{"name": c.name, "concept": c.code} for c in base if c.code not in style]
-        write_json(new / "style_unseen.json", unseen)
+        write_json(new / LAST, unseen)
         write_folder(new / "demo", demo, ("fluent",))
         write_tokenizer(new / "tokenizer", sorted(c.name for c in concepts), VOCABULARY)
         if out.exists():

@@ -41,6 +41,8 @@ def twin_groups(concepts: list[Concept]) -> list[list[str]]:
         parent[i] = root(first.setdefault("-".join(parts), i))
     for style in ("fluent", "noto"):
         rows = [i for i, concept in enumerate(concepts) if style in concept.pictures]
+        if not rows:
+            continue
         pictures = np.stack([concepts[i].pictures[style] for i in rows])
         for a, b in np.argwhere(np.triu(square_distances(pictures, pictures) < TWIN, k=1)):
             parent[root(rows[a])] = root(rows[b])
