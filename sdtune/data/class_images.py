@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -19,7 +20,7 @@ from sdtune.data.metadata import METADATA, is_picture, list_files, read_rows, wr
 from sdtune.errors import DataError
 
 Draw = Callable[[list[str], list[int]], list[Image.Image]]
-NAME = re.compile(r"class-(\d{6,})\.png")
+NAME = re.compile(r"class-\d{6,}\.png")
 
 
 def fill_class_folder(
@@ -51,20 +52,21 @@ def fill_class_folder(
     if not prompts:
         raise DataError("there are no prompts to draw class pictures for; give data.N.prompt, or lines in its file.")
     folder = Path(folder)
-    rows = {row["file_name"]: row for row in read_rows(folder)} if (folder / METADATA).exists() else {}
-    there = {name for name in list_files(folder) if is_picture(name)} if folder.exists() else set()
-    _refuse_other_prompts(folder, rows, prompts)
+    rows = read_rows(folder) if (folder / METADATA).exists() else []
+    others = [row for row in rows if not NAME.fullmatch(row["file_name"])]  # of pictures that a person put there
+    drawn = {row["file_name"]: row for row in rows if NAME.fullmatch(row["file_name"])}
+    _refuse_other_prompts(folder, drawn, prompts)
 
-    own = {name for name in there if not NAME.fullmatch(name)}  # put there by a person
-    wanted = range(max(0, count - len(own)))
-    missing = [number for number in wanted if _name(number) not in there or _name(number) not in rows]
+    there = {name for name in list_files(folder) if is_picture(name)}
+    wanted = range(max(0, count - sum(not NAME.fullmatch(name) for name in there)))
+    missing = [number for number in wanted if _name(number) not in there or _name(number) not in drawn]
     for first in range(0, len(missing), batch_size):
         numbers = missing[first : first + batch_size]
         texts = [prompts[number % len(prompts)] for number in numbers]
         for number, text, picture in zip(numbers, texts, draw(texts, numbers), strict=True):
             write_atomically(folder / _name(number), _png(picture))
-            rows[_name(number)] = {"file_name": _name(number), "text": text}
-        write_rows(folder, [rows[name] for name in sorted(rows)])
+            drawn[_name(number)] = {"file_name": _name(number), "text": text}
+        write_rows(folder, others + [drawn[name] for name in sorted(drawn)])
         if progress is not None:
             progress(count - len(missing) + first + len(numbers), count)
     return len(missing)
@@ -80,11 +82,11 @@ def _png(picture: Image.Image) -> bytes:
     return content.getvalue()
 
 
-def _refuse_other_prompts(folder: Path, rows: dict[str, dict], prompts: Sequence[str]) -> None:
-    for name, row in rows.items():
-        match = NAME.fullmatch(name)
-        if match and row.get("text") != prompts[int(match[1]) % len(prompts)]:
+def _refuse_other_prompts(folder: Path, drawn: dict[str, dict[str, Any]], prompts: Sequence[str]) -> None:
+    for name, row in drawn.items():
+        prompt = prompts[int(name.removeprefix("class-").removesuffix(".png")) % len(prompts)]
+        if row.get("text") != prompt:
             raise DataError(
-                f"{folder / name} was drawn for {row.get('text')!r}, but now {prompts[int(match[1]) % len(prompts)]!r} "
-                "is asked for; give an empty folder with: data.N.path=FOLDER, or the prompts of before."
+                f"{folder / name} was drawn for {row.get('text')!r}, but now {prompt!r} is asked for; give an empty "
+                "folder with: data.N.path=FOLDER, or the prompts of before."
             )

@@ -13,23 +13,11 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from sdtune.data import images
-from sdtune.data.batches import Batch, batches, collate, sample_numbers
-from sdtune.data.examples import Example, pixel_key, read_resized, validation_examples
+from sdtune.data.examples import Example, pixel_key, read_resized
 from sdtune.data.images import Crop
 from sdtune.data.sources import Picture, Source
 from sdtune.diffusion import draws
 from sdtune.errors import DataError
-
-__all__ = [
-    "Batch",
-    "Example",
-    "TrainingSet",
-    "batches",
-    "collate",
-    "held_out",
-    "sample_numbers",
-    "validation_examples",
-]
 
 MEMORY = 512 * 2**20  # bytes of resized pictures that a training set keeps, over all its workers
 
@@ -155,6 +143,34 @@ def held_out(sources: Sequence[Source], fraction: float, seed: int) -> tuple[lis
         if source.role != "validation":
             training.append(source)
     return training, Source(tuple(aside), role="validation")
+
+
+def validation_examples(
+    sources: Sequence[Source], height: int, width: int, count: int, background: str = "white"
+) -> list[Example]:
+    """At most `count` pictures, evenly spread over the sources: centre crop, no flip, first caption, no dropout.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    pictures = [picture for source in sources for picture in source.pictures]
+    count = min(count, len(pictures))
+    chosen = [pictures[index * len(pictures) // count] for index in range(count)]
+    examples = []
+    for number, picture in enumerate(chosen):
+        pixels = read_resized(picture, height, width, background)  # (3, h, w)
+        top, left = images.place(pixels, height, width, "center", (0.5, 0.5))
+        examples.append(
+            Example(
+                pixels=images.cut(pixels, height, width, top, left, flip=False),
+                caption=picture.captions[0],
+                weight=picture.weight,
+                instance=True,
+                number=number,
+                key=pixel_key(picture, height, width, top, left, flip=False),
+            )
+        )
+    return examples
 
 
 def _rows(sources: Sequence[Source], role: str) -> list[tuple[Picture, float]]:

@@ -1,12 +1,11 @@
 """One picture as the model sees it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from sdtune.data import images
-from sdtune.data.sources import Picture, Source
+from sdtune.data.sources import Picture
 
 
 @dataclass(frozen=True)
@@ -28,34 +27,6 @@ class Example:
     instance: bool
     number: int
     key: str
-
-
-def validation_examples(
-    sources: Sequence[Source], height: int, width: int, count: int, background: str = "white"
-) -> list[Example]:
-    """At most `count` pictures, evenly spread over the sources: centre crop, no flip, first caption, no dropout.
-
-    Raises:
-        DataError: a picture cannot be read.
-    """
-    pictures = [picture for source in sources for picture in source.pictures]
-    count = min(count, len(pictures))
-    chosen = [pictures[index * len(pictures) // count] for index in range(count)]
-    examples = []
-    for number, picture in enumerate(chosen):
-        pixels = read_resized(picture, height, width, background)  # (3, h, w)
-        top, left = images.place(pixels, height, width, "center", (0.5, 0.5))
-        examples.append(
-            Example(
-                pixels=images.cut(pixels, height, width, top, left, flip=False),
-                caption=picture.captions[0],
-                weight=picture.weight,
-                instance=True,
-                number=number,
-                key=pixel_key(picture, height, width, top, left, flip=False),
-            )
-        )
-    return examples
 
 
 def read_resized(picture: Picture, height: int, width: int, background: str) -> Tensor:

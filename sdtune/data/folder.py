@@ -171,13 +171,20 @@ def _split_folder(folder: Path, split: str) -> Path:
         raise DataError(f"{folder} does not exist; make it with: sdtune caption PHOTOS --out {folder}")
     if not folder.is_dir():
         raise DataError(f"{folder} is a file; expected a folder of pictures. Give it with: data.0.path=FOLDER")
-    inner = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    with os.scandir(folder) as entries:
+        inner = [
+            entry for entry in entries if not entry.name.startswith(".") and (entry.is_dir() or _counts(entry.name))
+        ]
     splits = sorted(entry.name for entry in inner if entry.is_dir() and entry.name in SPLITS)
-    if split in splits and len(splits) == len([entry for entry in inner if entry.is_dir() or is_picture(entry.name)]):
+    if split in splits and len(splits) == len(inner):
         return folder / split
     if split != "train":
         raise DataError(f"{folder} has no split {split!r}; it has: {', '.join(splits) or 'none, only train'}.")
     return folder
+
+
+def _counts(name: str) -> bool:
+    return is_picture(name) or name in METADATA_FILES
 
 
 def _refuse_missing(folder: Path, names: Iterable[str], files: set[str]) -> None:

@@ -65,7 +65,7 @@ def seeded_globals(seed: int, purpose: str, *numbers: int) -> Iterator[None]:
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        torch.random.default_generator.manual_seed(key(seed, purpose, *numbers))
+        torch.default_generator.manual_seed(key(seed, purpose, *numbers))
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(key(seed, purpose, *numbers))
         yield

@@ -1,0 +1,304 @@
+"""Folders and data sets: what is found, and what is refused in which words."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sdtune.data.images import open_rgb
+from sdtune.data.metadata import read_rows
+from sdtune.data.sources import load_source
+from sdtune.errors import DataError, HubError
+
+
+def names(source):
+    return [picture.name for picture in source.pictures]
+
+
+def captions(source):
+    return {picture.name: picture.captions for picture in source.pictures}
+
+
+def test_rows_are_captions_and_order_is_that_of_the_file(make_folder):
+    folder = make_folder("photos", {"b.png": [" two  ", "deux"], "a.png": ["one"], "deep/er/c.JPG": ["three"]})
+    source = load_source(path=folder, role="class", repeats=3, weight=0.5)
+    assert captions(source) == {"b.png": ("two", "deux"), "a.png": ("one",), "deep/er/c.JPG": ("three",)}
+    assert names(source) == ["b.png", "a.png", "deep/er/c.JPG"]
+    assert (source.role, source.repeats, source.weight, source.prompt) == ("class", 3, 0.5, None)
+    assert open_rgb(source.pictures[2].read()).size == (12, 8)
+    assert {picture.weight for picture in source.pictures} == {1.0}
+
+
+def test_an_edited_caption_or_picture_is_seen(make_folder):
+    folder = make_folder("photos", {"a.png": ["old"]})
+    assert captions(load_source(path=folder)) == {"a.png": ("old",)}
+    stamp = (folder / "metadata.jsonl").stat()
+    make_folder("photos", {"a.png": ["new"]})
+    os.utime(folder / "metadata.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # even within one clock tick
+    assert captions(load_source(path=folder)) == {"a.png": ("new",)}
+    make_folder("photos", {"a.png": ["new"], "b.png": ["more"]})
+    assert captions(load_source(path=folder)) == {"a.png": ("new",), "b.png": ("more",)}
+
+
+def test_nothing_is_left_behind(make_folder, tmp_path, monkeypatch):
+    folder = make_folder("photos", {"a.png": ["one"]})
+    for place in ["home", "temporary"]:
+        (tmp_path / place).mkdir()
+    environment = {**os.environ, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    code = f"from sdtune.data.sources import load_source; print(len(load_source(path={str(folder)!r}).pictures))"
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout == "1\n" and ran.stderr == ""
+    left = [path for place in ["home", "temporary"] for path in (tmp_path / place).rglob("*") if path.is_file()]
+    assert left == []
+    assert sorted(path.name for path in folder.iterdir()) == ["a.png", "metadata.jsonl"]
+
+
+def test_a_prompt_is_the_caption_of_every_picture(make_folder):
+    plain = make_folder("plain", {"b.png": [], "a/a.png": []})
+    source = load_source(path=plain, prompt="a sks dog")
+    assert captions(source) == {"a/a.png": ("a sks dog",), "b.png": ("a sks dog",)}
+    assert source.prompt == "a sks dog"
+    listed = make_folder("listed", {"a.png": ["one", "two"], "b.png": []})
+    assert captions(load_source(path=listed, prompt="x")) == {"a.png": ("x",), "b.png": ("x",)}
+    other_key = make_folder("key", {"a.png": []}, rows=[{"file_name": "a.png", "caption": "one"}])
+    assert captions(load_source(path=other_key, prompt="x")) == {"a.png": ("x",)}
+
+
+def test_weights_masks_and_other_keys(make_folder):
+    rows = [
+        {"file_name": "a.png", "text": "one", "weight": 2, "mask_file_name": "masks/a.png", "note": "x"},
+        {"file_name": "b.png", "text": "two", "weight": 0.5, "mask_file_name": "masks/b.png"},
+        {"file_name": "b.png", "text": "zwei"},
+        {"file_name": "c.png", "text": "three"},
+    ]
+    pictures = {name: [] for name in ["a.png", "b.png", "c.png", "masks/a.png", "masks/b.png"]}
+    folder = make_folder("photos", pictures, rows=rows)
+    for prompt in [None, "x"]:  # masks are no pictures of their own
+        source = load_source(path=folder, prompt=prompt)
+        weights = {picture.name: picture.weight for picture in source.pictures}
+        assert weights == {"a.png": 2.0, "b.png": 0.5, "c.png": 1.0}
+    rows[2]["weight"] = 3
+    with pytest.raises(DataError, match="gives b.png the weights 0.5 and 3.0; expected one"):
+        load_source(path=make_folder("photos", pictures, rows=rows))
+
+
+def test_other_columns_and_other_metadata_files(make_folder):
+    rows = [{"file_name": "a.png", "caption": ["one", "two", " "]}]
+    source = load_source(path=make_folder("lists", {"a.png": []}, rows=rows), text_column="caption")
+    assert captions(source) == {"a.png": ("one", "two")}
+    table = make_folder("csv", {"a.png": [], "b.png": []})
+    (table / "metadata.csv").write_text('file_name,text\na.png,"one, with a comma"\nb.png,7\n')
+    assert captions(load_source(path=table)) == {"a.png": ("one, with a comma",), "b.png": ("7",)}
+
+
+def test_metadata_in_sub_folders(make_folder):
+    make_folder("photos/one", {"a.png": ["first"]})
+    folder = make_folder("photos/two", {"a.png": ["second"]}).parent
+    assert captions(load_source(path=folder)) == {"one/a.png": ("first",), "two/a.png": ("second",)}
+
+
+@pytest.mark.parametrize("name", ["with space", "photos [2024]", "100% *new*", "größe", "test", "validation"])
+def test_odd_names(make_folder, name):
+    if os.name == "nt" and "*" in name:
+        pytest.skip("not a name on Windows")
+    folder = make_folder(name, {"my test picture [1].png": ["one"], "val-2.png": ["two"], "sub [x]/c.png": ["three"]})
+    assert names(load_source(path=folder)) == ["my test picture [1].png", "val-2.png", "sub [x]/c.png"]
+    assert open_rgb(load_source(path=folder).pictures[2].read()).size == (12, 8)
+
+
+def test_a_path_relative_to_the_working_folder(make_folder, monkeypatch):
+    folder = make_folder("photos", {"a.png": ["one"]})
+    monkeypatch.chdir(folder.parent)
+    relative, absolute = load_source(path="photos").pictures[0], load_source(path=folder).pictures[0]
+    assert relative.name == absolute.name and relative.origin == absolute.origin
+    assert open_rgb(relative.read()).size == (12, 8)
+
+
+def test_splits_of_a_folder(make_folder):
+    make_folder("set/train", {"a.png": ["one"]})
+    folder = make_folder("set/test", {"b.png": ["two"]}).parent
+    assert names(load_source(path=folder)) == ["a.png"]
+    assert names(load_source(path=folder, split="test")) == ["b.png"]
+    with pytest.raises(DataError, match="has no split 'dev'; it has: test, train"):
+        load_source(path=folder, split="dev")
+    make_folder("things/train", {"a.png": []})  # a folder of trains beside other things is no split
+    things = make_folder("things/bus", {"b.png": []}).parent
+    assert names(load_source(path=things, prompt="x")) == ["bus/b.png", "train/a.png"]
+
+
+def test_faults_of_a_folder(make_folder, tmp_path):
+    with pytest.raises(DataError, match="none does not exist; make it with: sdtune caption PHOTOS --out .*none"):
+        load_source(path=tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match="empty holds no pictures; expected files such as"):
+        load_source(path=tmp_path / "empty")
+    with pytest.raises(DataError, match=r"notes\.txt is a file; expected a folder"):
+        load_source(path=tmp_path / "empty" / "notes.txt")
+    with pytest.raises(DataError, match=r"has no metadata\.jsonl, so its pictures have no captions; .*data\.0\.prompt"):
+        load_source(path=make_folder("plain", {"a.png": []}))
+
+
+def test_rows_without_picture_are_named(make_folder):
+    rows = [{"file_name": f"{number}.png", "text": "x"} for number in range(9)]
+    folder = make_folder("photos", {"0.png": [], "3.png": []}, rows=rows)
+    for prompt in [None, "x"]:
+        with pytest.raises(DataError) as fault:
+            load_source(path=folder, prompt=prompt)
+        assert (
+            "7 pictures, 1.png, 2.png, 4.png, 5.png, 6.png and 2 more, are named in its metadata but not there"
+            in str(fault.value)
+        )
+
+
+def test_pictures_without_caption_are_named(make_folder):
+    folder = make_folder("photos", {"a.png": ["one"], "b.png": []})
+    with pytest.raises(DataError, match="1 picture, b.png, is without caption; write a row .*sdtune caption"):
+        load_source(path=folder)
+    rows = [
+        {"file_name": "a.png", "text": " "},
+        {"file_name": "b.png", "text": None},
+        {"file_name": "c.png", "text": "c"},
+    ]
+    with pytest.raises(DataError, match="2 pictures, a.png, b.png, are without caption"):
+        load_source(path=make_folder("blank", {"a.png": [], "b.png": [], "c.png": []}, rows=rows))
+
+
+def test_a_missing_column_is_named(make_folder):
+    folder = make_folder("photos", {"a.png": []}, rows=[{"file_name": "a.png", "caption": "x", "year": 1}])
+    with pytest.raises(DataError, match=r"no key 'text'; it has: caption, year.*data\.0\.text_column=KEY"):
+        load_source(path=folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "text": \n', r"line 2 is not JSON"),
+        ('{"file_name": "a.png", "text": "x"}\n{"text": "no name"}\n', r"names no picture"),
+        ('{"text": "x"}\n', r"line 1 names no picture"),
+        ("", "is empty"),
+        ('{"file_name": "../secret.png", "text": "x"}', r"\.\./secret\.png"),
+        ('{"file_name": "/etc/passwd", "text": "x"}', "/etc/passwd"),
+    ],
+)
+def test_broken_metadata_is_explained_in_one_paragraph(make_folder, content, says):
+    folder = make_folder("photos", {"a.png": []})
+    (folder / "metadata.jsonl").write_text(content)
+    with pytest.raises(DataError, match=says) as fault:
+        load_source(path=folder)
+    assert "\n" not in str(fault.value) and "Traceback" not in str(fault.value)
+
+
+def test_either_a_folder_or_a_hub_data_set():
+    with pytest.raises(ValueError, match="either path or hub"):
+        load_source()
+
+
+def test_a_large_folder_loads_without_looking_at_pictures(tmp_path):
+    """20,000 empty files with 3 captions each: none is opened, and the time grows with their number only."""
+    with open(tmp_path / "metadata.jsonl", "w") as file:
+        for number in range(20_000):
+            (tmp_path / f"{number}.png").touch()
+            for caption in range(3):
+                file.write(json.dumps({"file_name": f"{number}.png", "text": f"caption {caption}"}) + "\n")
+    start = time.perf_counter()
+    source = load_source(path=tmp_path)
+    assert len(source.pictures) == 20_000 and len(source.pictures[-1].captions) == 3
+    assert time.perf_counter() - start < 20
+
+
+@pytest.fixture
+def hub_set(tmp_path):
+    """A data set as the Hub has them: Parquet with the bytes of the pictures inside."""
+    import datasets
+
+    pictures = [Image.new("RGB", (12, 8), (number * 50, 0, 0)) for number in range(3)]
+    columns = {
+        "picture": pictures,
+        "caption": ["one", "two", "three"],
+        "many": [["a", "b"], ["c"], []],
+        "weight": [9, 9, 9],
+    }
+    features = datasets.Features(
+        picture=datasets.Image(),
+        caption=datasets.Value("string"),
+        many=datasets.List(datasets.Value("string")),
+        weight=datasets.Value("int64"),
+    )
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set" / "train-00000.parquet")
+    return str(tmp_path / "set")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_hub_data_sets(hub_set):
+    source = load_source(hub=hub_set, image_column="picture", text_column="caption")
+    assert [picture.captions for picture in source.pictures] == [("one",), ("two",), ("three",)]
+    assert open_rgb(source.pictures[2].read()).getpixel((0, 0)) == (100, 0, 0)
+    assert len({picture.name for picture in source.pictures}) == 3
+    assert {picture.weight for picture in source.pictures} == {1.0}  # a column `weight` may weigh anything
+    prompted = load_source(hub=hub_set, image_column="picture", prompt="x", repeats=2)
+    assert {picture.captions for picture in prompted.pictures} == {("x",)}
+
+
+def test_faults_of_hub_data_sets(hub_set):
+    with pytest.raises(DataError, match=r"no column 'image'; it has: picture, caption, .*data\.0\.image_column=COLUMN"):
+        load_source(hub=hub_set)
+    with pytest.raises(DataError, match="no column 'text'"):
+        load_source(hub=hub_set, image_column="picture")
+    with pytest.raises(DataError, match="holds no pictures"):
+        load_source(hub=hub_set, image_column="many", text_column="caption")
+    with pytest.raises(DataError, match="1 rows have no caption in 'many', the first is row 2"):
+        load_source(hub=hub_set, image_column="picture", text_column="many")
+    with pytest.raises(DataError, match='Unknown split "nope"'):
+        load_source(hub=hub_set, split="nope", image_column="picture")
+
+
+def test_no_network(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="Hub cannot be reached; check the network, or give a local folder") as fault:
+        load_source(hub="nobody/nothing-here")
+    assert "\n" not in str(fault.value)
+
+
+def test_importing_is_cheap():
+    heavy = "{'torch', 'datasets', 'PIL'}"
+    code = f"import sys, sdtune.data.sources, sdtune.data.metadata; print(sorted({heavy} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "[]\n"
+
+
+def test_real_captions(shared_data, tmp_path):
+    """The row layout that COCO is published in: stray spaces, five captions a picture, no last newline."""
+    content = (shared_data / "coco-captions-jsonl" / "metadata.jsonl").read_bytes()
+    (tmp_path / "metadata.jsonl").write_bytes(content)
+    rows = read_rows(tmp_path)
+    for name in {row["file_name"] for row in rows}:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    source = load_source(path=tmp_path)
+    assert len(rows) == 500 and len(source.pictures) == 100
+    assert {len(picture.captions) for picture in source.pictures} == {5}
+    assert all(text == text.strip() for picture in source.pictures for text in picture.captions)
+
+
+def test_real_photographs(shared_data):
+    folders = [folder for folder in (shared_data / "dreambooth").iterdir() if folder.is_dir()]
+    assert len(folders) == 6
+    for folder in folders:
+        source = load_source(path=folder, prompt="a photo of sks thing")
+        assert 4 <= len(source.pictures) <= 6
+        assert all(min(open_rgb(picture.read()).size) >= 256 for picture in source.pictures)
