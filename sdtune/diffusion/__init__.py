@@ -1,0 +1,1 @@
+"""The mathematics: noise schedules, draws, objectives. Pure functions of tensors."""

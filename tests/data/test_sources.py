@@ -201,16 +201,16 @@ def test_either_a_folder_or_a_hub_data_set():
 
 
 def test_a_large_folder_loads_without_looking_at_pictures(tmp_path):
-    """20,000 empty files with 3 captions each: none is opened, and the time grows with their number only."""
+    """10,000 empty files with 3 captions each: none is opened, and the time grows with their number only."""
     with open(tmp_path / "metadata.jsonl", "w") as file:
-        for number in range(20_000):
+        for number in range(10_000):
             (tmp_path / f"{number}.png").touch()
             for caption in range(3):
                 file.write(json.dumps({"file_name": f"{number}.png", "text": f"caption {caption}"}) + "\n")
-    start = time.perf_counter()
+    start = time.process_time()
     source = load_source(path=tmp_path)
-    assert len(source.pictures) == 20_000 and len(source.pictures[-1].captions) == 3
-    assert time.perf_counter() - start < 20
+    assert len(source.pictures) == 10_000 and len(source.pictures[-1].captions) == 3
+    assert time.process_time() - start < 10
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Pictures and captions: found, checked, and put together to batches."""
