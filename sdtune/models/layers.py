@@ -41,8 +41,14 @@ class ResnetBlock2D(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        """x: (B, C_in, H, W), temb: SiLU of the timestep embedding, (B, T) -> (B, C_out, H, W)."""
+    def forward(self, x: Tensor, temb: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """x: (B, C_in, H, W), temb: SiLU of the timestep embedding, (B, T) -> (B, C_out, H, W).
+
+        With `skip`, the input is x and skip with their channels one after the other; joined here so that gradient
+        checkpointing need not keep them a second time.
+        """
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
         if self.time_emb_proj is not None and temb is not None:
             h = h + self.time_emb_proj(temb)[:, :, None, None]  # (B, C_out, 1, 1): the same for every pixel

@@ -6,20 +6,54 @@ Podell et al. 2023, "SDXL", section 2, for the sizes as further conditions.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils.outputs import BaseOutput
+from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdtune.models.config import StockModel, refuse, unsupported
+from sdtune.models.config import StockModel, each
 from sdtune.models.layers import TimestepEmbedding, sinusoid
 from sdtune.models.unet_blocks import Conditioning, DownBlock, Level, MidBlock, UpBlock
 
-T = TypeVar("T")
 MASKED = -10000.0  # added to the score of a masked token, as in diffusers; minus infinity would give NaN if all are
+
+# The values that this network computes as diffusers does, for the keys where diffusers knows more of them.
+# upcast_attention is free: it has no effect in diffusers either where SDPA (which accumulates in float32) attends.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "center_input_sample": (False,),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "only_cross_attention": (False,),
+    "downsample_padding": (0, 1),
+    "mid_block_scale_factor": (1,),
+    "act_fn": ("silu", "swish"),
+    "reverse_transformer_layers_per_block": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "num_attention_heads": (None,),
+    "dual_cross_attention": (False,),
+    "class_embed_type": (None,),
+    "addition_embed_type": (None, "text_time"),
+    "num_class_embeds": (None,),
+    "resnet_time_scale_shift": ("default",),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "class_embeddings_concat": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,),
+    "addition_embed_type_num_heads": (64,),
+}
 
 
 @dataclass
@@ -40,6 +74,26 @@ class UNet2DConditionModel(StockModel):
         WeightsError: a key or value that this class would not compute as diffusers does.
     """
 
+    SUPPORTED = SUPPORTED
+    WHOLE = (
+        "in_channels",
+        "out_channels",
+        "block_out_channels",
+        "layers_per_block",
+        "norm_num_groups",
+        "cross_attention_dim",
+        "transformer_layers_per_block",
+        "attention_head_dim",
+    )
+    PER_LEVEL = (
+        "down_block_types",
+        "up_block_types",
+        "only_cross_attention",
+        "layers_per_block",
+        "cross_attention_dim",
+        "transformer_layers_per_block",
+        "attention_head_dim",
+    )
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["BasicTransformerBlock"]
 
@@ -106,13 +160,12 @@ class UNet2DConditionModel(StockModel):
         addition_embed_type_num_heads: int = 64,
     ) -> None:
         super().__init__()
-        refuse(type(self).__name__, unsupported(self.config, SUPPORTED) | impossible(self.config))
         width = block_out_channels[0]
         temb_channels = time_embedding_dim or 4 * width
 
         self.time_embedding = TimestepEmbedding(width, temb_channels, time_cond_proj_dim)
         if addition_embed_type == "text_time":
-            assert projection_class_embeddings_input_dim is not None  # `impossible` has seen to that
+            assert projection_class_embeddings_input_dim is not None  # `faults` has seen to that
             self.add_embedding = TimestepEmbedding(projection_class_embeddings_input_dim, temb_channels)
 
         levels = levels_of(self.config, temb_channels)
@@ -135,6 +188,19 @@ class UNet2DConditionModel(StockModel):
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, width, norm_eps)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    @classmethod
+    def faults(cls, config: Mapping[str, Any]) -> set[str]:
+        """As StockModel's, and: heads divide the channels, and SDXL's two sizes are given where they are used."""
+        wrong = super().faults(config)
+        channels = config["block_out_channels"]
+        if not wrong & {"block_out_channels", "attention_head_dim"}:
+            heads = each(config["attention_head_dim"], len(channels))
+            if any(c % n for c, n in zip(channels, heads, strict=True)):
+                wrong.add("attention_head_dim")
+        text_time = config["addition_embed_type"] == "text_time"
+        sizes = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+        return wrong | {key for key in sizes if (config[key] is not None) != text_time}
 
     @apply_lora_scale("cross_attention_kwargs")
     def forward(
@@ -244,11 +310,6 @@ def refuse_arguments(**arguments: Any) -> None:
         raise ValueError(f"sdtune's UNet2DConditionModel does not take {', '.join(given)}; pass None")
 
 
-def each(value: T | Sequence[T], levels: int) -> list[T]:
-    """One value a level: as they are given, or the one that holds for all."""
-    return list(value) if isinstance(value, Sequence) else [value] * levels
-
-
 def levels_of(config: Mapping[str, Any], temb_channels: int) -> list[Level]:
     """The sizes of the levels, from the full resolution down."""
     n = len(config["block_out_channels"])
@@ -274,64 +335,3 @@ def levels_of(config: Mapping[str, Any], temb_channels: int) -> list[Level]:
             strict=True,
         )
     ]
-
-
-def impossible(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `config` that do not fit to the others."""
-    n, wrong = len(config["block_out_channels"]), set()
-    for key in PER_LEVEL:
-        if isinstance(config[key], Sequence) and len(config[key]) != n:
-            wrong.add(key)
-    if not wrong:
-        heads = each(config["attention_head_dim"], n)
-        if any(channels % count for channels, count in zip(config["block_out_channels"], heads, strict=True)):
-            wrong.add("attention_head_dim")
-    text_time = config["addition_embed_type"] == "text_time"
-    wrong |= {key for key in TEXT_TIME if (config[key] is not None) != text_time}
-    return {key: config[key] for key in wrong}
-
-
-PER_LEVEL = (
-    "down_block_types",
-    "up_block_types",
-    "only_cross_attention",
-    "layers_per_block",
-    "cross_attention_dim",
-    "transformer_layers_per_block",
-    "attention_head_dim",
-)
-TEXT_TIME = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-
-# The values that this network computes as diffusers does, for the keys where diffusers knows more of them.
-# upcast_attention is free: it has no effect in diffusers either where SDPA (which accumulates in float32) attends.
-SUPPORTED = {
-    "center_input_sample": (False,),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "only_cross_attention": (False,),
-    "downsample_padding": (0, 1),
-    "mid_block_scale_factor": (1,),
-    "act_fn": ("silu", "swish"),
-    "reverse_transformer_layers_per_block": (None,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "num_attention_heads": (None,),
-    "dual_cross_attention": (False,),
-    "class_embed_type": (None,),
-    "addition_embed_type": (None, "text_time"),
-    "num_class_embeds": (None,),
-    "resnet_time_scale_shift": ("default",),
-    "resnet_skip_time_act": (False,),
-    "resnet_out_scale_factor": (1,),
-    "time_embedding_type": ("positional",),
-    "time_embedding_act_fn": (None,),
-    "timestep_post_act": (None,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "attention_type": ("default",),
-    "class_embeddings_concat": (False,),
-    "mid_block_only_cross_attention": (None, False),
-    "cross_attention_norm": (None,),
-    "addition_embed_type_num_heads": (64,),
-}

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from sdtune.models.attention import Transformer2DModel
@@ -80,9 +79,9 @@ class UNetBlock(Checkpointed):
     attentions: nn.ModuleList | None
     resnets: nn.ModuleList
 
-    def layer(self, i: int, x: Tensor, c: Conditioning) -> Tensor:
+    def layer(self, i: int, x: Tensor, c: Conditioning, skip: Tensor | None = None) -> Tensor:
         """The i-th residual block and its transformer. x: (B, C_in, H, W) -> (B, C, H, W)."""
-        x = self.run(self.resnets[i], x, c.temb)
+        x = self.run(self.resnets[i], x, c.temb, skip)
         return x if self.attentions is None else self.attentions[i](x, c.context, c.bias, c.context_bias)
 
 
@@ -156,7 +155,7 @@ class UpBlock(UNetBlock):
         a size that was odd on the way down is not twice the halved one.
         """
         for i in range(len(self.resnets)):
-            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), c)
+            x = self.layer(i, x, c, skips.pop())
         for upsampler in self.upsamplers or ():
             x = upsampler(x, skips[-1].shape[2:])
         return x

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdtune.models.attention import SpatialAttention
-from sdtune.models.config import StockModel, refuse, unsupported
+from sdtune.models.config import StockModel
 from sdtune.models.layers import Checkpointed, Downsample2D, ResnetBlock2D, Upsample2D
 
 EPS = 1e-6  # of every group norm in the VAE
+
+# Gradient checkpointing is by layer and not by level: at full resolution the backward pass of a whole level needs
+# more memory than keeping the inputs of its layers.
 
 
 @dataclass
@@ -61,7 +64,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
-class DownEncoderBlock2D(nn.Module):
+class DownEncoderBlock2D(Checkpointed):
     """Residual blocks at one resolution, then half of it."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, downsample: bool) -> None:
@@ -75,11 +78,11 @@ class DownEncoderBlock2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C_in, H, W) -> (B, C_out, H // 2, W // 2), or the same size without downsampler."""
         for layer in (*self.resnets, *(self.downsamplers or ())):
-            x = layer(x)
+            x = self.run(layer, x)
         return x
 
 
-class UpDecoderBlock2D(nn.Module):
+class UpDecoderBlock2D(Checkpointed):
     """Residual blocks at one resolution, then twice of it."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, upsample: bool) -> None:
@@ -93,11 +96,11 @@ class UpDecoderBlock2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C_in, H, W) -> (B, C_out, 2H, 2W), or the same size without upsampler."""
         for layer in (*self.resnets, *(self.upsamplers or ())):
-            x = layer(x)
+            x = self.run(layer, x)
         return x
 
 
-class UNetMidBlock2D(nn.Module):
+class UNetMidBlock2D(Checkpointed):
     """Two residual blocks at the lowest resolution, with attention between them or without."""
 
     def __init__(self, channels: int, groups: int, attention: bool) -> None:
@@ -108,11 +111,11 @@ class UNetMidBlock2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, C, H, W)."""
         for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
-            x = layer(x)
+            x = self.run(layer, x)
         return x
 
 
-class Encoder(Checkpointed):
+class Encoder(nn.Module):
     """Pictures (B, C_in, H, W) to the unmixed parameters of q(z | x), (B, C_out, H / f, W / f)."""
 
     def __init__(
@@ -132,11 +135,11 @@ class Encoder(Checkpointed):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in (*self.down_blocks, self.mid_block):
-            x = self.run(block, x)
+            x = block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-class Decoder(Checkpointed):
+class Decoder(nn.Module):
     """Latents (B, C_in, h, w) to pictures (B, C_out, h * f, w * f)."""
 
     def __init__(
@@ -157,7 +160,7 @@ class Decoder(Checkpointed):
     def forward(self, z: Tensor) -> Tensor:
         z = self.conv_in(z)
         for block in (self.mid_block, *self.up_blocks):
-            z = self.run(block, z)
+            z = block(z)
         return self.conv_out(F.silu(self.conv_norm_out(z)))
 
 
@@ -171,6 +174,15 @@ class AutoencoderKL(StockModel):
     Raises:
         WeightsError: a key or value that this class would not compute as diffusers does.
     """
+
+    SUPPORTED = {
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "act_fn": ("silu", "swish"),
+    }
+    WHOLE = ("in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block",
+             "norm_num_groups")  # fmt: skip
+    PER_LEVEL = ("down_block_types", "up_block_types")
 
     _supports_gradient_checkpointing = True
 
@@ -197,7 +209,6 @@ class AutoencoderKL(StockModel):
         mid_block_add_attention: bool = True,
     ) -> None:
         super().__init__()
-        refuse(type(self).__name__, unsupported(self.config, SUPPORTED) | self._uneven_levels())
         widths, groups = tuple(block_out_channels), norm_num_groups
         layers, attention, z = layers_per_block, mid_block_add_attention, latent_channels
         self.encoder = Encoder(in_channels, 2 * z, widths, layers, groups, attention)
@@ -205,11 +216,6 @@ class AutoencoderKL(StockModel):
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(z, z, 1) if use_post_quant_conv else None
         self.use_slicing = False
-
-    def _uneven_levels(self) -> dict[str, object]:
-        """The block types where there is not one a level: an error of the configuration."""
-        levels, keys = len(self.config["block_out_channels"]), ("down_block_types", "up_block_types")
-        return {key: self.config[key] for key in keys if len(self.config[key]) != levels}
 
     def enable_slicing(self) -> None:
         """Encode and decode one picture at a time: less memory for a batch, the same result."""
@@ -225,9 +231,7 @@ class AutoencoderKL(StockModel):
         return torch.cat([module(picture) for picture in x.split(1)])
 
     @apply_forward_hook
-    def encode(
-        self, x: Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """The distribution of the latents of pictures.
 
         Args:
@@ -270,10 +274,3 @@ class AutoencoderKL(StockModel):
         """Encode and decode pictures; through a draw from q(z | x) with `sample_posterior`, else through its mode."""
         posterior = self.encode(sample).latent_dist
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
-
-
-SUPPORTED = {
-    "down_block_types": ("DownEncoderBlock2D",),
-    "up_block_types": ("UpDecoderBlock2D",),
-    "act_fn": ("silu", "swish"),
-}
