@@ -15,45 +15,12 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdtune.models.config import StockModel, each
+from sdtune.models.config import StockModel
 from sdtune.models.layers import TimestepEmbedding, sinusoid
-from sdtune.models.unet_blocks import Conditioning, DownBlock, Level, MidBlock, UpBlock
+from sdtune.models.unet_blocks import Conditioning, DownBlock, MidBlock, UpBlock
+from sdtune.models.unet_config import PER_LEVEL, SUPPORTED, WHOLE, levels_of, misfits
 
 MASKED = -10000.0  # added to the score of a masked token, as in diffusers; minus infinity would give NaN if all are
-
-# The values that this network computes as diffusers does, for the keys where diffusers knows more of them.
-# upcast_attention is free: it has no effect in diffusers either where SDPA (which accumulates in float32) attends.
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "center_input_sample": (False,),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "only_cross_attention": (False,),
-    "downsample_padding": (0, 1),
-    "mid_block_scale_factor": (1,),
-    "act_fn": ("silu", "swish"),
-    "reverse_transformer_layers_per_block": (None,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "num_attention_heads": (None,),
-    "dual_cross_attention": (False,),
-    "class_embed_type": (None,),
-    "addition_embed_type": (None, "text_time"),
-    "num_class_embeds": (None,),
-    "resnet_time_scale_shift": ("default",),
-    "resnet_skip_time_act": (False,),
-    "resnet_out_scale_factor": (1,),
-    "time_embedding_type": ("positional",),
-    "time_embedding_act_fn": (None,),
-    "timestep_post_act": (None,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "attention_type": ("default",),
-    "class_embeddings_concat": (False,),
-    "mid_block_only_cross_attention": (None, False),
-    "cross_attention_norm": (None,),
-    "addition_embed_type_num_heads": (64,),
-}
 
 
 @dataclass
@@ -75,25 +42,8 @@ class UNet2DConditionModel(StockModel):
     """
 
     SUPPORTED = SUPPORTED
-    WHOLE = (
-        "in_channels",
-        "out_channels",
-        "block_out_channels",
-        "layers_per_block",
-        "norm_num_groups",
-        "cross_attention_dim",
-        "transformer_layers_per_block",
-        "attention_head_dim",
-    )
-    PER_LEVEL = (
-        "down_block_types",
-        "up_block_types",
-        "only_cross_attention",
-        "layers_per_block",
-        "cross_attention_dim",
-        "transformer_layers_per_block",
-        "attention_head_dim",
-    )
+    WHOLE = WHOLE
+    PER_LEVEL = PER_LEVEL
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["BasicTransformerBlock"]
 
@@ -165,7 +115,7 @@ class UNet2DConditionModel(StockModel):
 
         self.time_embedding = TimestepEmbedding(width, temb_channels, time_cond_proj_dim)
         if addition_embed_type == "text_time":
-            assert projection_class_embeddings_input_dim is not None  # `faults` has seen to that
+            assert projection_class_embeddings_input_dim is not None  # `misfits` has seen to that
             self.add_embedding = TimestepEmbedding(projection_class_embeddings_input_dim, temb_channels)
 
         levels = levels_of(self.config, temb_channels)
@@ -191,16 +141,7 @@ class UNet2DConditionModel(StockModel):
 
     @classmethod
     def faults(cls, config: Mapping[str, Any]) -> set[str]:
-        """As StockModel's, and: heads divide the channels, and SDXL's two sizes are given where they are used."""
-        wrong = super().faults(config)
-        channels = config["block_out_channels"]
-        if not wrong & {"block_out_channels", "attention_head_dim"}:
-            heads = each(config["attention_head_dim"], len(channels))
-            if any(c % n for c, n in zip(channels, heads, strict=True)):
-                wrong.add("attention_head_dim")
-        text_time = config["addition_embed_type"] == "text_time"
-        sizes = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-        return wrong | {key for key in sizes if (config[key] is not None) != text_time}
+        return super().faults(config) | misfits(config)
 
     @apply_lora_scale("cross_attention_kwargs")
     def forward(
@@ -308,30 +249,3 @@ def refuse_arguments(**arguments: Any) -> None:
     given = [name for name, value in arguments.items() if value is not None]
     if given:
         raise ValueError(f"sdtune's UNet2DConditionModel does not take {', '.join(given)}; pass None")
-
-
-def levels_of(config: Mapping[str, Any], temb_channels: int) -> list[Level]:
-    """The sizes of the levels, from the full resolution down."""
-    n = len(config["block_out_channels"])
-    return [
-        Level(
-            channels=channels,
-            layers=layers,
-            heads=heads,
-            depth=depth,
-            context_channels=context,
-            linear=config["use_linear_projection"],
-            temb_channels=temb_channels,
-            groups=config["norm_num_groups"],
-            eps=config["norm_eps"],
-            dropout=config["dropout"],
-        )
-        for channels, layers, heads, depth, context in zip(
-            config["block_out_channels"],
-            each(config["layers_per_block"], n),
-            each(config["attention_head_dim"], n),
-            each(config["transformer_layers_per_block"], n),
-            each(config["cross_attention_dim"], n),
-            strict=True,
-        )
-    ]

@@ -120,10 +120,3 @@ def test_another_class_is_refused(tmp_path: Path) -> None:
 def test_bookkeeping_of_training_scripts_is_accepted() -> None:
     with torch.device("meta"):
         UNet2DConditionModel.from_config({"decay": 0.9999, "optimization_step": 100, "_name_or_path": "somewhere"})
-
-
-def test_a_name_that_is_not_there() -> None:
-    import sdtune.models
-
-    with pytest.raises(AttributeError, match="UNet3D"):
-        sdtune.models.UNet3D  # noqa: B018
