@@ -96,7 +96,8 @@ def open_parts(folder: Path) -> tuple[torch.nn.Module, StableDiffusion | None]:
     if not (folder / "model_index.json").exists():
         from sdtune.models import AutoencoderKL
 
-        return AutoencoderKL.from_pretrained(folder).float().eval(), None
+        place = folder / "vae" if (folder / "vae").is_dir() else folder
+        return AutoencoderKL.from_pretrained(place).float().eval(), None
     family = StableDiffusion.load(str(folder))
     for network in family.modules.values():
         network.float().eval()
