@@ -31,6 +31,7 @@ class Batch:
         instances: how many of the B are instance pictures; the loss of a step is divided by their number.
         numbers: the sample number of each; an instance picture and the class picture beside it share one.
         keys: as `Example.key`.
+        sizes: as `Example.size`.
     """
 
     pixels: Tensor
@@ -39,6 +40,7 @@ class Batch:
     instances: int
     numbers: list[int]
     keys: list[str]
+    sizes: list[tuple[int, int, int, int]]
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -59,6 +61,7 @@ def collate(samples: Sequence[Sequence[Example]]) -> Batch:
         instances=sum(example.instance for example in examples),
         numbers=[example.number for example in examples],
         keys=[example.key for example in examples],
+        sizes=[example.size for example in examples],
     )
 
 

@@ -56,7 +56,7 @@ class TrainingSet:
         self.caption_dropout, self.seed, self.background = caption_dropout, seed, background
         self._instances = _rows(sources, "instance")
         self._classes = _rows(sources, "class")
-        self._resized: dict[tuple[str, str], Tensor] = {}
+        self._resized: dict[tuple[str, str], tuple[Tensor, tuple[int, int]]] = {}
         self._bytes_kept = 0
         if not self._instances:
             raise DataError("there are no instance pictures to learn; add a source with pictures to data.")
@@ -85,13 +85,14 @@ class TrainingSet:
         picture, weight = rows[_order(len(rows), self.seed, f"{role} order", epoch)[position]]
         seed, height, width = self.seed, self.height, self.width
 
-        pixels = self._resize(picture)  # (3, h, w)
+        pixels, original = self._resize(picture)  # (3, h, w)
         offset = (draws.uniform(seed, f"{role} across", number), draws.uniform(seed, f"{role} down", number))
         top, left = images.place(pixels, height, width, self.crop, offset)
         flip = self.flip and draws.uniform(seed, f"{role} flip", number) < 0.5
         caption = picture.captions[draws.integer(len(picture.captions), seed, f"{role} caption", number)]
         if draws.uniform(seed, f"{role} dropout", number) < self.caption_dropout:
             caption = ""
+        seen_left = pixels.shape[2] - width - left if flip else left  # in a mirrored picture, counted from its left
         return Example(
             pixels=images.cut(pixels, height, width, top, left, flip),
             caption=caption,
@@ -99,19 +100,20 @@ class TrainingSet:
             instance=role == "instance",
             number=number,
             key=pixel_key(picture, height, width, top, left, flip),
+            size=(*original, top, seen_left),
         )
 
-    def _resize(self, picture: Picture) -> Tensor:
-        """The whole picture, resized, (3, h, w); kept while there is room, so that small sets are decoded once."""
+    def _resize(self, picture: Picture) -> tuple[Tensor, tuple[int, int]]:
+        """As `read_resized`; kept while there is room, so that small sets are decoded once."""
         name = (picture.origin, picture.name)
         if name in self._resized:
             return self._resized[name]
-        pixels = read_resized(picture, self.height, self.width, self.background)
+        resized = read_resized(picture, self.height, self.width, self.background)
         worker = get_worker_info()
-        if self._bytes_kept + pixels.nbytes <= MEMORY // (worker.num_workers if worker else 1):
-            self._resized[name] = pixels
-            self._bytes_kept += pixels.nbytes
-        return pixels
+        if self._bytes_kept + resized[0].nbytes <= MEMORY // (worker.num_workers if worker else 1):
+            self._resized[name] = resized
+            self._bytes_kept += resized[0].nbytes
+        return resized
 
 
 def held_out(sources: Sequence[Source], fraction: float, seed: int) -> tuple[list[Source], Source]:
@@ -158,7 +160,7 @@ def validation_examples(
     chosen = [pictures[index * len(pictures) // count] for index in range(count)]
     examples = []
     for number, picture in enumerate(chosen):
-        pixels = read_resized(picture, height, width, background)  # (3, h, w)
+        pixels, original = read_resized(picture, height, width, background)  # (3, h, w)
         top, left = images.place(pixels, height, width, "center", (0.5, 0.5))
         examples.append(
             Example(
@@ -168,6 +170,7 @@ def validation_examples(
                 instance=True,
                 number=number,
                 key=pixel_key(picture, height, width, top, left, flip=False),
+                size=(*original, top, left),
             )
         )
     return examples

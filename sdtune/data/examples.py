@@ -19,6 +19,7 @@ class Example:
         instance: whether it is an instance picture, not a class picture.
         number: the number of its sample in the run.
         key: equal for equal pixels (same picture, crop and flip), else different; caches stand on it.
+        size: height and width of the picture before it was resized, then top and left of its crop after.
     """
 
     pixels: Tensor
@@ -27,13 +28,19 @@ class Example:
     instance: bool
     number: int
     key: str
+    size: tuple[int, int, int, int]
 
 
-def read_resized(picture: Picture, height: int, width: int, background: str) -> Tensor:
-    """The whole picture, resized to cover the frame: (3, h, w), uint8. Raises DataError where it cannot be read."""
+def read_resized(picture: Picture, height: int, width: int, background: str) -> tuple[Tensor, tuple[int, int]]:
+    """The whole picture, resized to cover the frame, (3, h, w), uint8; and its height and width before that.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     content = picture.read()
     name = f"{picture.origin}: {picture.name}" if isinstance(content, bytes) else None
-    return images.cover(images.open_rgb(content, background, name), height, width)  # (3, h, w)
+    rgb = images.open_rgb(content, background, name)
+    return images.cover(rgb, height, width), (rgb.height, rgb.width)
 
 
 def pixel_key(picture: Picture, height: int, width: int, top: int, left: int, flip: bool) -> str:

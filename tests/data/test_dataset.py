@@ -281,3 +281,18 @@ def test_real_photographs(shared_data):
     batch = next(batches(samples, batch_size=6, workers=1))
     assert batch.pixels.shape == (6, 3, 64, 48)
     assert batch.pixels.float().std() > 20
+
+
+def test_sizes_tell_of_the_picture_before_resizing_and_of_its_crop(make_folder) -> None:
+    folder = make_folder("photos", {"a.png": ["a"]}, size=(40, 20))  # 40 wide, 20 high -> 16 wide, 8 high -> 8 x 8
+    sources = [load_source(folder)]
+    straight = TrainingSet(sources, height=8, width=8)
+    mirrored = TrainingSet(sources, height=8, width=8, crop="random", flip=True, seed=1)
+
+    assert straight[0][0].size == (20, 40, 0, 4)
+    assert validation_examples(sources, 8, 8, 1)[0].size == (20, 40, 0, 4)
+    assert collate([straight[0], straight[1]]).sizes == [(20, 40, 0, 4)] * 2
+    for number in range(20):
+        example = mirrored[number][0]
+        left = int(example.key.split("+")[2].split("|")[0])
+        assert example.size == (20, 40, 0, 8 - left if "mirrored" in example.key else left)
