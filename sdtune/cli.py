@@ -66,7 +66,7 @@ def train(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run folder, diffusers folder or hub id, or tiny.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run or model folder, hub id, or tiny.")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be given several times.")],
     negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
     lora: Annotated[str | None, typer.Option(help="A LoRA file, or a folder or run with one.")] = None,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sdtune.config.messages import Fault, nearest, show
 from sdtune.config.recipe import TARGET_PRESETS, DataSource, Recipe, Section
-from sdtune.config.shipped import resolve_asset
+from sdtune.config.shipped import TINY, resolve_asset
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SDXL_PARTS = ("text_encoder_2", "tokenizer_2")
@@ -105,8 +105,8 @@ def _paths(recipe: Recipe) -> Iterator[Fault]:
 
 
 def could_be_model(name: str) -> bool:
-    """Whether a name is a path that exists, a shipped asset, a web address or has the form of a hub id."""
-    if Path(resolve_asset(name)).exists() or "://" in name:
+    """Whether a name is the embedded base, a path that exists, a web address or has the form of a hub id."""
+    if name == TINY or Path(resolve_asset(name)).exists() or "://" in name:
         return True
     parts = name.split("/")
     return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and "\\" not in name

@@ -27,13 +27,17 @@ def locate(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[int |
     path: list[int | str] = []
     field: FieldInfo | None = None
     inside: type[BaseModel] | None = model
+    values: Any = None  # type of the values, inside a field with keys of its own such as from_config
     for step in loc:
         if isinstance(step, int):
             path.append(step)
         elif inside is not None:
             path.append(step)
             field = fields_of(inside).get(step)
-            inside = section_of(field.annotation) if field else None
+            inside, values = (section_of(field.annotation), values_of(field.annotation)) if field else (None, None)
+        elif values is not None:
+            path.append(step)
+            field, values = FieldInfo(annotation=values), None
         else:
             break
     return path, field
@@ -50,6 +54,15 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
         return annotation
     if get_origin(annotation) in (list, Union, types.UnionType):
         return next((found for part in get_args(annotation) if (found := section_of(part))), None)
+    return None
+
+
+def values_of(annotation: Any) -> Any:
+    """What a mapping holds under its keys; None for anything else."""
+    if get_origin(annotation) is dict:
+        return get_args(annotation)[1]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((found for part in get_args(annotation) if (found := values_of(part))), None)
     return None
 
 
