@@ -1,6 +1,8 @@
 """The command line: what it prints where, and the exit codes. What a command does is tested with that command."""
 
 import errno
+import importlib
+import inspect
 import subprocess
 import sys
 import types
@@ -150,3 +152,29 @@ def test_the_version() -> None:
     from sdtune import __version__
 
     assert call("--version").stdout == f"sdtune {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "expected"),
+    [
+        ("sdtune.run", ["train", "x.yaml", "train.steps=2"], {"recipe": "x.yaml", "overrides": ["train.steps=2"]}),
+        ("sdtune.sample", ["sample", "tiny", "--prompt", "a", "--prompt", "b"], {"model": "tiny", "prompts": ["a", "b"]}),
+        ("sdtune.sample", ["sample", "x", "--prompt", "a", "--lora", "y", "--seed", "3"], {"lora": "y", "seed": 3}),
+        ("sdtune.demo", ["demo", "--no-prior", "--json"], {"out": Path("runs/demo"), "prior": False, "as_json": True}),
+    ],
+)
+def test_commands_are_called_as_they_want(
+    module: str, arguments: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.import_module(module)
+    signature = inspect.signature(real.command)
+    taken: dict[str, Any] = {}
+
+    def command(*args: Any, **options: Any) -> int:
+        taken.update(signature.bind(*args, **options).arguments)
+        return 0
+
+    monkeypatch.setattr(real, "command", command)
+    answer = call(*arguments)
+    assert answer.exit_code == 0, answer.stderr
+    assert expected.items() <= taken.items()
