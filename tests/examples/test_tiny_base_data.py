@@ -210,7 +210,7 @@ def test_the_tokenizer_is_one_that_transformers_opens(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "one")
     assert len(tokenizer) == 520
-    assert tokenizer.model_max_length == 77
+    assert tokenizer.model_max_length == 32
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (518, 519, 519)
     for text in [*names, "any other text: 日本, naïve!"]:
         ids = tokenizer(text).input_ids
@@ -219,8 +219,8 @@ def test_the_tokenizer_is_one_that_transformers_opens(tmp_path):
         decoded = tokenizer.decode(ids, skip_special_tokens=True)
         assert decoded.replace(" ", "") == text.replace(" ", "")
     assert tokenizer("Red APPLE").input_ids == tokenizer("red apple").input_ids
-    padded = tokenizer("red apple", padding="max_length", max_length=77, truncation=True).input_ids
-    assert len(padded) == 77
+    padded = tokenizer("red apple", padding="max_length", max_length=32, truncation=True).input_ids
+    assert len(padded) == 32
     assert padded[-1] == 519
 
 
