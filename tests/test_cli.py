@@ -82,7 +82,7 @@ def test_wrong_usage_is_2(arguments: list[str], training: types.SimpleNamespace)
         (ConfigError("x.yaml", [("a.b", "wrong")]), 2, "error: x.yaml: 1 fault\n  a.b   wrong\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (ValueError("odd\nthing"), 1, "error: unexpected ValueError: odd thing. Run the same command with --debug"),
-        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1, "error: there is no space left on the disk (ru"),
+        (OSError(errno.ENOSPC, "No space left", "runs/x"), 1, "error: there is no space left on the disk (runs/x)."),
         (RuntimeError("SafetensorError: No space left on device"), 1, "error: there is no space left on the disk."),
         (MemoryError(), 1, "error: the memory is full. Try train.batch_size=1"),
     ],
@@ -158,7 +158,7 @@ def test_the_version() -> None:
     ("module", "arguments", "expected"),
     [
         ("sdtune.run", ["train", "x.yaml", "train.steps=2"], {"recipe": "x.yaml", "overrides": ["train.steps=2"]}),
-        ("sdtune.sample", ["sample", "tiny", "--prompt", "a", "--prompt", "b"], {"model": "tiny", "prompts": ["a", "b"]}),
+        ("sdtune.sample", ["sample", "x", "--prompt", "a", "--prompt", "b"], {"model": "x", "prompts": ["a", "b"]}),
         ("sdtune.sample", ["sample", "x", "--prompt", "a", "--lora", "y", "--seed", "3"], {"lora": "y", "seed": 3}),
         ("sdtune.demo", ["demo", "--no-prior", "--json"], {"out": Path("runs/demo"), "prior": False, "as_json": True}),
     ],
