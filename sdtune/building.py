@@ -1,15 +1,19 @@
 """From settings to objects: each function reads the part of a recipe that it is named after."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from sdtune.adapters import adapter_class
 from sdtune.adapters.base import Adapter
-from sdtune.config import DataSource, Recipe, resolve_asset
+from sdtune.config import DataSource, ModelSettings, Recipe, resolve_asset
+from sdtune.data.batches import Batch, collate
+from sdtune.data.dataset import TrainingSet, validation_examples
 from sdtune.data.sources import Source, load_source
+from sdtune.errors import UsageError
 from sdtune.families import family_class
 from sdtune.families.base import Family
 from sdtune.tasks import AutoencodingTask, DenoisingTask, Task
@@ -20,27 +24,98 @@ if TYPE_CHECKING:
 
 def make_family(recipe: Recipe) -> Family:
     """Load the base, or make the networks from their configuration."""
-    model, kind = recipe.model, family_class(recipe.model.family)
-    options: dict[str, Any] = {"clip_skip": model.clip_skip, "max_tokens": recipe.images.max_tokens}
+    if recipe.task == "autoencoding":
+        return open_family(recipe.model, seed=recipe.train.seed, parts=["vae"])
+    return open_family(
+        recipe.model,
+        seed=recipe.train.seed,
+        max_tokens=recipe.images.max_tokens,
+        prediction=recipe.objective.prediction,
+        size=picture_size(recipe),
+    )
+
+
+def open_family(
+    model: ModelSettings,
+    *,
+    seed: int = 0,
+    max_tokens: int = 75,
+    prediction: str = "auto",
+    size: tuple[int, int] | None = None,
+    parts: list[str] | None = None,
+) -> Family:
+    """A model as a recipe's `model` section describes it.
+
+    Args:
+        seed: of the weights of parts that are made from their configuration.
+        max_tokens, prediction: the recipe's images.max_tokens and objective.prediction.
+        size: height and width of the pictures, noted in a UNet that is made without a sample_size.
+        parts: limits what is loaded, for instance to ["vae"].
+    """
+    kind = family_class(model.family)
+    options: dict[str, Any] = {"clip_skip": model.clip_skip, "max_tokens": max_tokens}
     if model.from_config is not None:
-        parts = {name: resolve_asset(part) if isinstance(part, str) else part for name, part in model.from_config.items()}
-        family = kind.from_config(parts, seed=recipe.train.seed, **options)
+        made = {
+            name: resolve_asset(part) if isinstance(part, str) else part for name, part in model.from_config.items()
+        }
+        family = kind.from_config(made, seed=seed, **options)
     else:
         options |= {"vae": resolve_asset(model.vae) if model.vae else None}
         options |= {"variant": model.variant, "revision": model.revision}
-        parts_needed = ["vae"] if recipe.task == "autoencoding" else None
-        family = kind.load(resolve_asset(str(model.base)), parts=parts_needed, **options)
-    if recipe.task == "denoising" and recipe.objective.prediction != "auto":
-        family.scheduler["prediction_type"] = recipe.objective.prediction
+        family = kind.load(resolve_asset(str(model.base)), parts=parts, **options)
+    if prediction != "auto":
+        family.scheduler["prediction_type"] = prediction
+    unet = family.modules.get("unet")
+    if unet is not None and unet.config.sample_size is None and size is not None:
+        unet.register_to_config(sample_size=[side // family.factor for side in size])
     return family
+
+
+def facts(recipe: Recipe) -> dict[str, Any]:
+    """What sdtune.json notes beside weights: enough to open their model again with `open_facts`."""
+    notes = {"adapter": recipe.adapter.kind, "task": recipe.task, **recipe.model.model_dump()}
+    return notes | {
+        "max_tokens": recipe.images.max_tokens,
+        "prediction": recipe.objective.prediction,
+        "seed": recipe.train.seed,
+        "size": list(picture_size(recipe)),
+    }
+
+
+def open_facts(notes: Mapping[str, Any]) -> Family:
+    """The model that weights were trained on, from the notes beside them."""
+    model = ModelSettings(**{key: value for key, value in notes.items() if key in ModelSettings.model_fields})
+    return open_family(
+        model,
+        seed=notes.get("seed", 0),
+        max_tokens=notes.get("max_tokens", 75),
+        prediction=notes.get("prediction", "auto"),
+        size=notes.get("size"),
+    )
+
+
+def check_size(family: Family, height: int, width: int) -> None:
+    """Raises UsageError where a picture of that size has no whole number of latents."""
+    if height % family.factor or width % family.factor:
+        raise UsageError(
+            f"images.resolution: got {height} x {width}, but a latent of this VAE stands for {family.factor} x "
+            f"{family.factor} pixels; expected multiples of {family.factor}"
+        )
+
+
+def place(family: Family, device: torch.device, precision: str) -> None:
+    """Networks to their device; on a GPU in half precision, but for the VAE, whose pictures suffer from it."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    for name, network in family.modules.items():
+        network.to(device)
+        if half and device.type == "cuda" and name != "vae":
+            network.to(half)
 
 
 def make_adapter(recipe: Recipe) -> Adapter:
     """What learns."""
-    settings = recipe.adapter
-    if settings.kind == "full":
-        return adapter_class("full")()
-    return adapter_class(settings.kind)(rank=settings.rank, alpha=settings.alpha, targets=settings.targets)
+    settings, kind = recipe.adapter, adapter_class(recipe.adapter.kind)
+    return kind() if settings.kind == "full" else kind(settings.rank, settings.alpha, settings.targets)
 
 
 def learning_networks(recipe: Recipe, family: Family) -> list[str]:
@@ -73,6 +148,27 @@ def make_source(settings: DataSource) -> Source:
     )
 
 
+def make_training_set(recipe: Recipe, sources: Sequence[Source]) -> TrainingSet:
+    """The samples of a run."""
+    height, width = picture_size(recipe)
+    return TrainingSet(
+        sources,
+        height=height,
+        width=width,
+        crop=recipe.images.crop,
+        flip=recipe.images.flip,
+        caption_dropout=recipe.images.caption_dropout,
+        seed=recipe.train.seed,
+        background=recipe.images.background,
+    )
+
+
+def make_held_out(recipe: Recipe, sources: Sequence[Source], count: int, batch_size: int) -> list[Batch]:
+    """Batches of at most `count` pictures, as they are measured: without chance."""
+    examples = validation_examples(sources, *picture_size(recipe), count, recipe.images.background)
+    return [collate([[e] for e in examples[i : i + batch_size]]) for i in range(0, len(examples), batch_size)]
+
+
 def class_prompts(settings: DataSource) -> list[str]:
     """What class pictures are drawn of, taken in turn."""
     if settings.prompts is None:
@@ -83,21 +179,27 @@ def class_prompts(settings: DataSource) -> list[str]:
 
 def draw_class_pictures(recipe: Recipe, settings: DataSource, family: Family) -> None:
     """Let the base draw until the class folder holds `generate` pictures; those that are there stay."""
+    from tqdm import tqdm
+
     from sdtune.data.class_images import fill_class_folder
     from sdtune.sample import draw_pictures
 
     height, width = picture_size(recipe)
     samples = recipe.validation.samples
     steps, guidance = (samples.steps, samples.guidance) if samples else (25, 7.5)
+    count = int(settings.generate or 0)
 
     def draw(prompts: Sequence[str], numbers: Sequence[int]) -> list["Image"]:
         seeds = [recipe.train.seed * 1_000_003 + number for number in numbers]
-        return list(
-            draw_pictures(family, prompts, seeds, height=height, width=width, steps=steps, guidance=guidance)
-        )
+        return list(draw_pictures(family, prompts, seeds, height=height, width=width, steps=steps, guidance=guidance))
 
-    folder = Path(resolve_asset(str(settings.path)))
-    fill_class_folder(folder, class_prompts(settings), int(settings.generate or 0), draw, batch_size=16)
+    with tqdm(total=count, desc="class pictures", unit="picture", delay=1) as bar:
+
+        def show(there: int, _: int) -> None:
+            bar.update(there - bar.n)
+
+        folder = Path(resolve_asset(str(settings.path)))
+        fill_class_folder(folder, class_prompts(settings), count, draw, batch_size=16, progress=show)
 
 
 def picture_size(recipe: Recipe) -> tuple[int, int]:
@@ -109,7 +211,10 @@ def picture_size(recipe: Recipe) -> tuple[int, int]:
 def save_memory(networks: Sequence[nn.Module]) -> None:
     """Gradient checkpointing: activations are computed again in the backward pass instead of kept."""
     for network in networks:
-        if hasattr(network, "enable_gradient_checkpointing"):
-            network.enable_gradient_checkpointing()  # diffusers' models
+        kind: Any = network
+        if hasattr(kind, "enable_gradient_checkpointing"):
+            kind.enable_gradient_checkpointing()  # diffusers' models
+        elif hasattr(kind, "activation_checkpointing_enable"):
+            kind.activation_checkpointing_enable()  # transformers' since 5.22
         else:
-            network.gradient_checkpointing_enable()  # transformers'
+            kind.gradient_checkpointing_enable()

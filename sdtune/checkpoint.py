@@ -34,7 +34,7 @@ def written_aside(target: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full or the folder cannot be written.
     """
-    aside = target.with_name(f".{target.name}.partial")
+    aside, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
@@ -42,25 +42,33 @@ def written_aside(target: Path) -> Iterator[Path]:
         for file in aside.rglob("*"):
             if file.is_file():
                 flush(file)
+        shutil.rmtree(old, ignore_errors=True)
         if target.exists():
-            shutil.rmtree(target)
+            os.replace(target, old)
         os.replace(aside, target)
-    except OSError as fault:
+    except Exception as fault:
+        if not could_not_write(fault):
+            raise
         raise RunError(
-            f"'{target}' could not be written ({fault.strerror or fault}); nothing half-written is left. "
-            "Free some disk space or set output.dir to another disk, then go on with --resume"
-        ) from fault
-    except SafetensorError as fault:  # how the library reports a full disk
-        raise RunError(
-            f"'{target}' could not be written ({fault}); nothing half-written is left. Free some disk space, then go on with --resume"
+            f"'{target}' could not be written ({getattr(fault, 'strerror', None) or fault}); nothing half-written is "
+            "left. Free some disk space, then go on with the same command and --resume"
         ) from fault
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def could_not_write(fault: Exception) -> bool:
+    """Whether the disk is the reason; safetensors and tokenizers tell of a full one in exceptions of their own."""
+    return isinstance(fault, (OSError, SafetensorError)) or "os error" in str(fault)
 
 
 def flush(file: Path) -> None:
-    """Hand a file's bytes to the disk."""
-    with open(file, "rb") as handle:
+    """Hand a file's bytes to the disk, readable for those who may read new files here."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
+    with open(file, "rb+") as handle:
         os.fsync(handle.fileno())
 
 
@@ -75,7 +83,9 @@ def write_text(path: Path, text: str) -> None:
         os.replace(aside, path)
     except OSError as fault:
         aside.unlink(missing_ok=True)
-        raise RunError(f"'{path}' could not be written ({fault.strerror or fault}); free some disk space or choose another place") from fault
+        raise RunError(
+            f"'{path}' could not be written ({fault.strerror or fault}); free some disk space or choose another place"
+        ) from fault
 
 
 def save(
@@ -101,7 +111,9 @@ def save(
     with written_aside(folder) as aside:
         state = aside / "state"
         state.mkdir()
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, state / "trainable.safetensors")
+        save_file(
+            {name: p.detach().cpu().contiguous() for name, p in parameters.items()}, state / "trainable.safetensors"
+        )
         save_file(optimizer_tensors(parameters, optimizer), state / "optimizer.safetensors")
         if averages is not None:
             save_file({name: a.cpu().contiguous() for name, a in averages.items()}, state / "ema.safetensors")
@@ -139,12 +151,14 @@ def restore(
         moments = load_file(state / "optimizer.safetensors")
         averaged = load_file(state / "ema.safetensors") if averages is not None else {}
     except (OSError, ValueError, SafetensorError) as fault:
-        raise RunError(f"'{folder}' is not a whole checkpoint ({fault}); remove it and resume from the one before") from fault
+        raise RunError(
+            f"'{folder}' is not a whole checkpoint ({fault}); remove it and resume from the one before"
+        ) from fault
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in trainable.items()}:
         raise RunError(
-            f"'{folder}' holds {len(trainable)} learning tensors, this recipe has {len(shapes)}, or they differ in shape; "
-            "resume with the recipe that made it (run.yaml of the run folder)"
+            f"'{folder}' holds {len(trainable)} learning tensors, this recipe has {len(shapes)}, or they differ in "
+            "shape; resume with the recipe that made it (run.yaml of the run folder)"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -163,7 +177,8 @@ def restore(
 
 def all_checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run folder, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step-*") if (p / "state" / "state.json").is_file())
+    whole = [path for path in (run / "checkpoints").glob("step-*") if (path / "state" / "state.json").is_file()]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def forget_old(run: Path, keep: int | None) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -12,11 +13,12 @@ import torch
 from torch import nn
 
 from sdtune import building, checkpoint, distributed
-from sdtune.config import Recipe, dump, load
-from sdtune.data.batches import batches, collate
-from sdtune.data.dataset import TrainingSet, held_out, validation_examples
+from sdtune.config import DataSource, Recipe, dump, load
+from sdtune.data.batches import batches
+from sdtune.data.dataset import held_out
 from sdtune.data.sources import Source
-from sdtune.errors import RunError
+from sdtune.errors import DataError, RunError
+from sdtune.libraries import prepare as prepare_libraries
 from sdtune.run_folder import RunFolder
 from sdtune.tasks import AutoencodingTask, TrainStep
 from sdtune.train import Ema, StepInfo, lr_factor, make_accelerator, make_optimizer, prepare, train
@@ -27,63 +29,56 @@ class Run:
 
     Args:
         recipe: validated settings.
-        resume: go on from the last checkpoint of `output.dir`.
+        resume: go on from the last checkpoint of `output.dir`, or from its start where there is none yet.
 
     Raises:
-        SdtuneError: bad data, weights or run folder. The folder is made when data and weights are found good.
+        SdtuneError: bad data, weights or run folder. The folder is made when all else was found good.
     """
 
     def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
-        self.recipe = recipe
+        self.recipe, self.step = recipe, 0
         self.folder = RunFolder(recipe.output.dir)
-        self.folder.latest() if resume else self.folder.check_free()
-        self.accelerator = make_accelerator(recipe.train.precision, recipe.output.trackers, str(self.folder.path))
+        self.folder.check_resumable() if resume else self.folder.check_free()
+        self.accelerator = make_accelerator(recipe.train.precision, recipe.output.trackers, self.folder.path)
         self.height, self.width = building.picture_size(recipe)
-        drawn = [settings for settings in recipe.data if settings.generate]
         sources = [building.make_source(settings) for settings in recipe.data if not settings.generate]
         self.family = building.make_family(recipe)
-        self.place()
-        distributed.barrier()
-        if distributed.is_main() and not resume:
-            self.folder.start(dump(recipe))
-        for settings in drawn:
-            if distributed.is_main():
-                with self.accelerator.autocast():
-                    building.draw_class_pictures(recipe, settings, self.family)
-            distributed.barrier()
-            sources.append(building.make_source(settings))
-        self.make_data(sources)
+        building.check_size(self.family, self.height, self.width)
+        building.place(self.family, self.accelerator.device, recipe.train.precision)
         self.make_learning()
-        self.step = self.restore() if resume else 0
+        if resume:
+            self.restore()
+        drawn = [settings for settings in recipe.data if settings.generate]
+        if drawn:  # takes long; a run that is stopped there can be resumed
+            self.start()
+            sources += [self.class_source(settings) for settings in drawn]
+        self.make_data(sources)
+        if not drawn:
+            self.start()
 
     # --- getting ready ----------------------------------------------------------------------------------------------
 
-    def place(self) -> None:
-        """Networks to their device; on a GPU frozen ones in half precision, but for the VAE in fp16."""
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.train.precision)
-        for name, network in self.family.modules.items():
-            network.to(self.accelerator.device)
-            if half and self.accelerator.device.type == "cuda" and not (name == "vae" and half is torch.float16):
-                network.to(half)
+    def start(self) -> None:
+        """Make the run folder."""
+        distributed.barrier()  # every process has looked at the folder before it is made
+        if distributed.is_main():
+            self.folder.start(dump(self.recipe), self.step)
+
+    def class_source(self, settings: DataSource) -> Source:
+        """Class pictures, which the base draws where they are missing. (A new adapter changes nothing as yet.)"""
+        if distributed.is_main():
+            with self.accelerator.autocast():
+                building.draw_class_pictures(self.recipe, settings, self.family)
+        distributed.barrier()
+        return building.make_source(settings)
 
     def make_data(self, sources: list[Source]) -> None:
         """The training set and the held-out batches."""
-        recipe, images = self.recipe, self.recipe.images
-        training, validation = held_out(sources, recipe.validation.fraction, recipe.train.seed)
-        self.training = TrainingSet(
-            training,
-            height=self.height,
-            width=self.width,
-            crop=images.crop,
-            flip=images.flip,
-            caption_dropout=images.caption_dropout,
-            seed=recipe.train.seed,
-            background=images.background,
-        )
-        self.sources = training
-        examples = validation_examples([validation], self.height, self.width, recipe.validation.count)
-        size = recipe.train.batch_size
-        self.held_out = [collate([[e] for e in examples[i : i + size]]) for i in range(0, len(examples), size)]
+        settings = self.recipe.validation
+        self.sources, validation = held_out(sources, settings.fraction, self.recipe.train.seed)
+        self.training = building.make_training_set(self.recipe, self.sources)
+        size = self.recipe.train.batch_size
+        self.held_out = building.make_held_out(self.recipe, [validation], settings.count, size)
 
     def make_learning(self) -> None:
         """Attach the adapter, join family and objective in a task, and prepare all for the device."""
@@ -95,9 +90,9 @@ class Run:
             building.save_memory([self.family.modules[name] for name in networks])
         self.parameters = {f"{name}.{key}": p for name, some in learning.items() for key, p in some.items()}
         text_lr = settings.lr if settings.text_encoder_lr is None else settings.text_encoder_lr
+        rates = {name: text_lr if name in self.family.text_encoders else settings.lr for name in learning}
         optimizer = make_optimizer(
-            [(list(some.values()), settings.lr if name in ("vae", self.family.denoiser) else text_lr)
-             for name, some in learning.items()],
+            [(list(some.values()), rates[name]) for name, some in learning.items()],
             weight_decay=settings.weight_decay,
             betas=(settings.betas[0], settings.betas[1]),
             eps=settings.eps,
@@ -106,23 +101,23 @@ class Run:
         self.module, self.optimizer = prepare(self.accelerator, TrainStep(self.task), optimizer)
         self.ema = None if recipe.train.ema is None else Ema(self.parameters, recipe.train.ema)
 
-    def restore(self) -> int:
-        """Put the last checkpoint back; returns its step."""
-        step = checkpoint.restore(
-            self.folder.latest(),
+    def restore(self) -> None:
+        """Put the last checkpoint back, if there is one."""
+        latest = self.folder.latest()
+        if latest is None:
+            return
+        self.step = checkpoint.restore(
+            latest,
             parameters=self.parameters,
             optimizer=self.optimizer.optimizer,
             averages=None if self.ema is None else self.ema.average,
             scaler=self.accelerator.scaler,
         )
-        if step >= self.recipe.train.steps:
+        if self.step >= self.recipe.train.steps and self.folder.final.exists():
             raise RunError(
-                f"'{self.folder.path}' has done its {step} steps already; to train longer add train.steps=NUMBER, "
+                f"'{self.folder.path}' has done its {self.step} steps already; to train longer add train.steps=NUMBER, "
                 f"to draw with it: sdtune sample {self.folder.path} --prompt TEXT"
             )
-        if distributed.is_main():
-            self.folder.rewind(step)
-        return step
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -134,22 +129,35 @@ class Run:
         return self.folder.path
 
     def steps(self) -> Iterator[StepInfo]:
-        """Train; yields after each step, when its measuring, drawing and saving is done."""
+        """Train; yields after each step, when its measuring, drawing and saving is done.
+
+        Raises:
+            TrainingError: the loss is not finite. RunError: the disk is full.
+            DataError: a picture cannot be read; what was learned before it is kept in a checkpoint.
+        """
         recipe = self.recipe
         if self.step == 0:
             self.measure()
             self.draw_samples()
-        for info in self.loop():
-            self.step = info.step
-            last = info.step == recipe.train.steps
-            self.log(info)
-            if last or due(info.step, recipe.validation.every):
-                self.measure()
-            if recipe.validation.samples and (last or due(info.step, recipe.validation.samples.every)):
-                self.draw_samples()
-            if due(info.step, recipe.output.checkpoint_every):
-                self.save_checkpoint()
-            yield info
+        try:
+            for info in self.loop():
+                self.step = info.step
+                last = info.step == recipe.train.steps
+                self.log(info)
+                if last or due(info.step, recipe.validation.every):
+                    self.measure()
+                if recipe.validation.samples and (last or due(info.step, recipe.validation.samples.every)):
+                    self.draw_samples()
+                if due(info.step, recipe.output.checkpoint_every):
+                    self.save_checkpoint()
+                yield info
+        except DataError as fault:
+            self.keep()
+            message = str(fault).rstrip(".")
+            raise DataError(
+                f"{message}. The run stopped after step {self.step}; when that is mended, go on with the same command "
+                "and --resume"
+            ) from fault
 
     def loop(self) -> Iterator[StepInfo]:
         """The loop of `train.py` over this run's parts."""
@@ -181,8 +189,8 @@ class Run:
         """Write `final/`, from the averaged weights where there are some."""
         with self.averaged():
             if isinstance(self.task, AutoencodingTask) and self.scale_is_open():
-                examples = validation_examples(self.sources, self.height, self.width, 512)
-                self.task.set_scaling_factor([collate([[e]]).to(self.accelerator.device) for e in examples])
+                examples = building.make_held_out(self.recipe, self.sources, count=512, batch_size=1)
+                self.task.set_scaling_factor([batch.to(self.accelerator.device) for batch in examples])
             if distributed.is_main():
                 with checkpoint.written_aside(self.folder.final) as aside:
                     self.save_weights(aside)
@@ -207,12 +215,13 @@ class Run:
         self.record(values)
 
     def record(self, values: dict[str, Any]) -> None:
-        """Log values that hold "step"."""
+        """Log values that hold "step"; numbers that are not finite, which JSON does not know, are left out."""
+        values = {key: value for key, value in values.items() if math.isfinite(value)}
         if distributed.is_main():
             self.folder.log(values)
         if self.recipe.output.trackers:
             if not self.accelerator.trackers:  # opened late: their libraries take seconds to import
-                self.accelerator.init_trackers("logs")
+                self.accelerator.init_trackers("sdtune")
             self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
 
     @torch.no_grad()
@@ -236,12 +245,11 @@ class Run:
             from sdtune.sample import draw_pictures
 
             seeds = [settings.seed + i for i in range(len(settings.prompts))]
-            facts = {"prompts": settings.prompts, "seeds": seeds, "steps": settings.steps, "guidance": settings.guidance}
-            size = {"height": self.height, "width": self.width}
+            options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance}
             with self.averaged(), self.accelerator.autocast():
-                options = {"steps": settings.steps, "guidance": settings.guidance}
+                size: dict[str, Any] = {"height": self.height, "width": self.width}
                 pictures = list(draw_pictures(self.family, settings.prompts, seeds, **size, **options))
-            self.folder.save_samples(self.step, pictures, facts)
+            self.folder.save_samples(self.step, pictures, {"prompts": settings.prompts, "seeds": seeds, **options})
         distributed.barrier()
 
     def save_checkpoint(self) -> None:
@@ -259,6 +267,12 @@ class Run:
             checkpoint.forget_old(self.folder.path, self.recipe.output.keep_last)
         distributed.barrier()
 
+    def keep(self) -> None:
+        """A checkpoint out of turn, before the run stops early; several processes cannot wait for each other here."""
+        there = self.folder.checkpoint(self.step).exists()
+        if self.step and not there and distributed.world() == 1:
+            self.save_checkpoint()
+
     def save_averaged(self, folder: Path) -> None:
         """Write the averaged weights where there are some."""
         with self.averaged():
@@ -267,9 +281,7 @@ class Run:
     def save_weights(self, folder: Path) -> None:
         """Write the weights as they are now, and a note of what they belong to."""
         self.adapter.save(self.family, folder)
-        model = self.recipe.model
-        facts = {"adapter": self.recipe.adapter.kind, "family": model.family, "base": model.base, "step": self.step}
-        checkpoint.write_json(folder / "sdtune.json", facts)
+        checkpoint.write_json(folder / "sdtune.json", building.facts(self.recipe) | {"step": self.step})
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -308,7 +320,10 @@ def command(recipe: str, overrides: list[str], resume: bool = False, as_json: bo
         recipe: YAML file or name of a shipped recipe. overrides: key=value each.
         resume: go on from the last checkpoint. as_json: end with one JSON object on stdout.
     """
+    from sdtune.progress import show_progress
+
     settings = load(recipe, overrides)
+    prepare_libraries()
     run = Run(settings, resume=resume)
     info = show_progress(run)
     run.finish()
@@ -318,22 +333,3 @@ def command(recipe: str, overrides: list[str], resume: bool = False, as_json: bo
             result = {"run": str(run.folder.path), "steps": run.step, "loss": info.loss if info else None}
             print(json.dumps(result))
     return 0
-
-
-def show_progress(run: Run) -> StepInfo | None:
-    """Train under a progress bar with loss, learning rate, rate and time left; an interrupted run keeps its work."""
-    from tqdm import tqdm
-
-    info = None
-    total = run.recipe.train.steps
-    with tqdm(total=total, initial=run.step, unit="step", disable=not distributed.is_main(), mininterval=0.5) as bar:
-        try:
-            for info in run.steps():
-                bar.set_postfix(loss=f"{info.loss:.4f}", lr=f"{info.lr:.1e}", refresh=False)
-                bar.update()
-        except KeyboardInterrupt:
-            if run.step:
-                run.save_checkpoint()
-                bar.write(f"interrupted after step {run.step}; go on with the same command and --resume", file=sys.stderr)
-            raise
-    return info

@@ -1,24 +1,36 @@
 """The folder of a run: what stands where, written so that a reader never meets half a file.
 
-    run.yaml  environment.json  metrics.jsonl  samples/step-000100/  checkpoints/step-000100/  final/  report.html
+run.yaml  environment.json  metrics.jsonl  samples/step-000100/  checkpoints/step-000100/  final/  report.html
 """
 
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtune import distributed
 from sdtune.checkpoint import all_checkpoints, write_text, written_aside
 from sdtune.errors import RunError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LIBRARIES = ("sdtune", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "safetensors", "bitsandbytes")
+LIBRARIES = (
+    "sdtune",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "safetensors",
+    "bitsandbytes",
+)
 
 
 class RunFolder:
@@ -41,42 +53,49 @@ class RunFolder:
                 "or choose another place with output.dir=FOLDER"
             )
 
-    def start(self, recipe_yaml: str) -> None:
-        """Make the folder. Raises RunError when it cannot be made."""
+    def check_resumable(self) -> None:
+        """Raises RunError when there is no run to go on with."""
+        if not (self.path / "run.yaml").is_file():
+            what = "is not the folder of a run (it has no run.yaml)" if self.path.exists() else "does not exist"
+            raise RunError(f"'{self.path}' {what}, so there is nothing to resume; start the run without --resume")
+
+    def start(self, recipe_yaml: str, step: int = 0) -> None:
+        """Make the folder, or take it back to `step`. Raises RunError, and leaves no new folder, if it cannot."""
+        new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as fault:
-            raise RunError(f"'{self.path}' could not be made ({fault.strerror}); choose another place with output.dir=FOLDER") from fault
-        write_text(self.path / "run.yaml", recipe_yaml)
-        write_text(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-
-    def latest(self) -> Path:
-        """The last whole checkpoint. Raises RunError when there is none."""
-        found = all_checkpoints(self.path)
-        if not found:
+            write_text(self.path / "run.yaml", recipe_yaml)
+            write_text(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            self.rewind(step)
+        except (OSError, RunError) as fault:
+            if new:
+                shutil.rmtree(self.path, ignore_errors=True)
+            why = getattr(fault, "strerror", None) or fault
             raise RunError(
-                f"'{self.path}' has no checkpoint to resume from; start anew under another output.dir, "
-                "and set output.checkpoint_every to have some next time"
-            )
-        return found[-1]
+                f"'{self.path}' could not be made ({why}); choose another place with output.dir=FOLDER"
+            ) from fault
+
+    def latest(self) -> Path | None:
+        """The last whole checkpoint, if there is one."""
+        found = all_checkpoints(self.path)
+        return found[-1] if found else None
 
     def log(self, values: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
-        with open(self.metrics, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(values) + "\n")
+        """Add a line to metrics.jsonl. Raises RunError when the disk is full."""
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(values) + "\n")
+        except OSError as fault:
+            raise RunError(
+                f"'{self.metrics}' could not be written ({fault.strerror}); free some disk space, then go on with the "
+                "same command and --resume"
+            ) from fault
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of steps after `step`, and half a line that a crash may have left."""
-        if not self.metrics.is_file():
-            return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                break
-        write_text(self.metrics, "".join(kept))
+        """Drop the lines of steps after `step` (at 0 all: it is measured anew), and half a line that a crash left."""
+        if self.metrics.is_file():
+            kept = [row for row in read_metrics(self.metrics) if 0 < row["step"] <= step or row["step"] == 0 < step]
+            write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
     def save_samples(self, step: int, pictures: Sequence["Image"], facts: dict[str, Any]) -> None:
         """Write samples/step-.../00.png ... and prompts.json."""
@@ -107,12 +126,15 @@ def environment() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {
         "arguments": sys.argv[1:],
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
+        "processes": distributed.world(),
         "gpus": gpus,
         "versions": versions,
     }

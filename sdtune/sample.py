@@ -1,17 +1,28 @@
-"""Pictures from a model, through diffusers pipelines."""
+"""Pictures from a model, through diffusers pipelines; and the command `sdtune sample`."""
 
 import contextlib
+import io
+import json
+import math
+import re
+import sys
+import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sdtune.diffusion import draws
+from sdtune.errors import RunError, UsageError
 from sdtune.families.base import Conditioning, Family
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+LONGEST = 225  # tokens of a prompt that are read
+PIXELS = 512 * 512  # about as many are drawn at a time, in up to 16 pictures
 
 
 def initial_noise(family: Family, seeds: Sequence[int], height: int, width: int) -> Tensor:
@@ -31,7 +42,8 @@ def draw_pictures(
     steps: int = 25,
     guidance: float = 7.5,
     negative_prompt: str = "",
-    batch_size: int = 16,
+    batch_size: int | None = None,
+    progress: bool = False,
 ) -> Iterator["Image"]:
     """One picture for each prompt and seed, in order, drawn in batches.
 
@@ -41,35 +53,40 @@ def draw_pictures(
         height, width: in pixels, multiples of what the VAE divides by.
         steps: denoising steps. guidance: classifier-free guidance scale; 1 or less is off.
         negative_prompt: what guidance leads away from.
-        batch_size: pictures at a time.
+        batch_size: pictures at a time; None chooses by their size.
+        progress: show a bar on stderr.
     """
-    pipeline = family.pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    device = family.modules[family.denoiser].device
+    pipeline: Any = family.pipeline()
+    pipeline.set_progress_bar_config(disable=not progress)
+    network = family.modules[family.denoiser]
+    size = batch_size or max(1, min(16, PIXELS // (height * width)))
     with evaluating(family):
-        for start in range(0, len(prompts), batch_size):
-            some = list(prompts[start : start + batch_size])
-            noise = initial_noise(family, seeds[start : start + batch_size], height, width)
+        for start in range(0, len(prompts), size):
+            some, numbers = list(prompts[start : start + size]), seeds[start : start + size]
             words = pipeline_words(family, some, "")
             if guidance > 1:
                 words |= pipeline_words(family, [negative_prompt] * len(some), "negative_")
-            yield from pipeline(
+            latents = pipeline(
                 **words,
-                latents=noise.to(device=device, dtype=family.modules[family.denoiser].dtype),
+                latents=initial_noise(family, numbers, height, width).to(device=network.device, dtype=network.dtype),
+                generator=[draws.generator(seed, "sampler noise") for seed in numbers],  # some samplers add noise
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 height=height,
                 width=width,
-            ).images
+                output_type="latent",
+            ).images  # (B, C, h, w)
+            # Not left to the pipeline, which wants VAE and UNet in one precision.
+            yield from pipeline.image_processor.postprocess(family.decode_images(latents), output_type="pil")
 
 
 def pipeline_words(family: Family, prompts: list[str], kind: str) -> dict[str, Tensor]:
     """Prompts as a pipeline's keyword arguments, encoded exactly as in training."""
     conditioning: Conditioning = family.encode_text(prompts)
-    dtype = family.modules[family.denoiser].dtype
-    words = {f"{kind}prompt_embeds": conditioning.text.to(dtype)}
+    network = family.modules[family.denoiser]
+    words = {f"{kind}prompt_embeds": conditioning.text.to(network.dtype)}
     if conditioning.pooled is not None:
-        words[f"{kind}pooled_prompt_embeds"] = conditioning.pooled.to(dtype)
+        words[f"{kind}pooled_prompt_embeds"] = conditioning.pooled.to(network.dtype)
     return words
 
 
@@ -84,3 +101,112 @@ def evaluating(family: Family) -> Iterator[None]:
     finally:
         for name, network in family.modules.items():
             network.train(training[name])
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def command(
+    model: str,
+    prompts: Sequence[str],
+    *,
+    negative_prompt: str = "",
+    lora: str | None = None,
+    seed: int = 0,
+    steps: int = 25,
+    guidance: float = 7.5,
+    count: int = 1,
+    out: str | Path = "samples",
+    as_json: bool = False,
+) -> int:
+    """`sdtune sample`: draw pictures into a folder and print their paths; returns the exit code.
+
+    Args:
+        model: run folder, its final/ or a checkpoint's weights/, diffusers folder, hub id, or tiny.
+        prompts: `count` pictures of each, with the seeds `seed`, `seed` + 1, ...
+        lora: LoRA file, or a folder or run that holds one.
+        out: folder for the pictures; what is there stays.
+        as_json: print one JSON object instead of the paths.
+
+    Raises:
+        SdtuneError: no such model, a LoRA that does not fit, a folder that cannot be written.
+    """
+    from sdtune.libraries import prepare
+    from sdtune.opening import open_model
+
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out: '{out}' is a file; expected a folder for the pictures")
+    prepare()
+    device, precision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp16"
+    family = open_model(model, lora, device=device, precision=precision)
+    if steps > len(family.schedule):
+        raise UsageError(
+            f"--steps: got {steps}, but this model knows {len(family.schedule)} noise levels; 20 to 50 are usual"
+        )
+    lengthen(family, [*prompts, negative_prompt])
+    height, width = family.picture_size()
+    wanted = [(prompt, seed + number) for prompt in prompts for number in range(count)]
+    pictures = draw_pictures(
+        family,
+        [prompt for prompt, _ in wanted],
+        [number for _, number in wanted],
+        height=height,
+        width=width,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        progress=sys.stderr.isatty(),
+    )
+    began, rows = time.perf_counter(), []
+    for (prompt, number), picture in zip(wanted, pictures, strict=True):
+        path = save_new(picture, out, f"{file_name(prompt)}-{number}")
+        rows.append({"path": str(path), "prompt": prompt, "seed": number})
+        if not as_json:
+            print(path, flush=True)
+    if as_json:
+        print(json.dumps({"pictures": rows, "model": model, "seconds": round(time.perf_counter() - began, 2)}))
+    return 0
+
+
+def lengthen(family: Family, prompts: Sequence[str]) -> None:
+    """Let the family read as many chunks of 75 tokens as the longest prompt has, up to 225 tokens."""
+    longest = max(
+        len(ids)
+        for tokenizer in family.tokenizers.values()
+        for ids in tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+    )
+    if longest > LONGEST:
+        print(f"a prompt has {longest} tokens; the first {LONGEST} are read", file=sys.stderr)
+    family.max_tokens = max(family.max_tokens, min(LONGEST, math.ceil(longest / 75) * 75))
+
+
+def file_name(prompt: str) -> str:
+    """A prompt as the beginning of a file's name: its letters and digits, at most 60 characters."""
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
+    return words[:60].rstrip("-") or "picture"
+
+
+def save_new(picture: "Image", folder: Path, name: str) -> Path:
+    """Write a PNG under a name that is free: name.png, name-2.png, ... Raises RunError when it cannot be written."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    number = 1
+    while True:
+        path = folder / (f"{name}.png" if number == 1 else f"{name}-{number}.png")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "xb") as file:
+                try:
+                    file.write(content.getvalue())
+                    file.flush()
+                except OSError:
+                    path.unlink()
+                    raise
+            return path
+        except FileExistsError:
+            number += 1
+        except OSError as fault:
+            raise RunError(
+                f"'{path}' could not be written ({fault.strerror}); make room, or name another folder with --out"
+            ) from fault

@@ -41,7 +41,10 @@ class Draws:
 class Task(Protocol):
     """What the loop asks: which networks take part, random numbers for a batch, losses."""
 
-    modules: Mapping[str, nn.Module]
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The networks by name."""
+        ...
 
     def draw(self, batch: Batch, seed: int) -> Draws:
         """Random numbers for each sample, a pure function of (seed, its number in the run)."""
@@ -155,7 +158,9 @@ class AutoencodingTask:
 
     def __init__(self, family: Family, *, l1: float = 1.0, l2: float = 1.0, kl: float = 1e-4) -> None:
         if "vae" not in family.modules:
-            raise WeightsError("task autoencoding trains a VAE, and the model has none; give model.from_config.vae or model.base")
+            raise WeightsError(
+                "task autoencoding trains a VAE, and the model has none; give model.from_config.vae or model.base"
+            )
         self.family = family
         self.modules = {"vae": family.modules["vae"]}
         self.weights = {"l1": l1, "l2": l2, "kl": kl}
@@ -196,5 +201,5 @@ class AutoencodingTask:
 
 def sizes(batch: Batch) -> list[tuple[int, ...]]:
     """Original size, crop and target size of each picture, as `Conditioning.time_ids` has them."""
-    height, width = batch.pixels.shape[-2:]
-    return [(height, width, 0, 0, height, width)] * len(batch)
+    target = tuple(batch.pixels.shape[-2:])
+    return [size + target for size in batch.sizes]

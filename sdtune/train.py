@@ -8,7 +8,10 @@ draws and saves between two steps (`sdtune/run.py`).
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,23 +44,33 @@ class StepInfo:
     seconds: float
 
 
-def make_accelerator(precision: str, trackers: Sequence[str] = (), folder: str | None = None) -> Accelerator:
+def make_accelerator(precision: str, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """The connection to devices and other processes.
 
     Args:
-        precision: fp32, bf16 or fp16. trackers: names Accelerate knows. folder: where they write.
+        precision: fp32, bf16 or fp16. trackers: names Accelerate knows.
+        folder: of the run; trackers write to its logs/.
     """
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
+    AcceleratorState._reset_state()  # else a second run in this process could not have another precision
     mixed = {"fp32": "no"}.get(precision, precision)
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    return Accelerator(mixed_precision=mixed, log_with=list(trackers) or None, project_dir=folder, kwargs_handlers=handlers)
+    project = ProjectConfiguration(logging_dir=str(folder / "logs")) if folder else None
+    handlers = [
+        DistributedDataParallelKwargs(find_unused_parameters=True),  # of a text encoder often only some layers are read
+        InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # the main process draws pictures while the others wait
+    ]
+    return Accelerator(
+        mixed_precision=mixed, log_with=list(trackers) or None, project_config=project, kwargs_handlers=handlers
+    )
 
 
 def lr_factor(schedule: str, step: int, warmup: int, steps: int) -> float:
-    """What the learning rate is multiplied with at optimizer step `step` (from 0): a pure function, so resume needs no state.
+    """What the learning rate is multiplied with: a pure function of the step, so that resume needs no state.
 
     Args:
+        step: optimizer steps done. steps: of the whole run.
         schedule: constant, linear (falls to 0) or cosine (half a wave, falls to 0). warmup: steps of linear rise.
     """
     if step < warmup:
@@ -149,7 +162,7 @@ def train(
             batch = next(batches)
             rows = batch.instances * world * accumulate  # instance rows of the whole step
             last = micro == accumulate - 1
-            with nullcontext_or(accelerator.no_sync, module, not last):
+            with nullcontext() if last else accelerator.no_sync(module):
                 losses = module(batch.to(device), draw(batch).to(device))  # (B,)
                 loss = (losses * batch.weights.to(device)).sum() / rows
                 accelerator.backward(loss * world)  # gradients of the processes are averaged, their losses summed
@@ -159,7 +172,8 @@ def train(
         if not math.isfinite(total.item()):
             raise TrainingError(
                 f"the loss of step {step + 1} is {total.item()}; the run stops before it spoils the weights. "
-                "Lower optimizer.lr, set optimizer.clip, or take train.precision=bf16 or fp32, then resume from the last checkpoint"
+                "Lower optimizer.lr, set optimizer.clip, or take train.precision=bf16 or fp32, then resume from the "
+                "last checkpoint"
             )
         norm = clip_gradients(accelerator, optimizer, clip)
         optimizer.step()
@@ -168,13 +182,6 @@ def train(
             ema.update(step + 1)
         seconds = time.perf_counter() - began
         yield StepInfo(step + 1, total.item(), optimizer.param_groups[0]["lr"], norm, samples, seconds)
-
-
-def nullcontext_or(context: Callable[[nn.Module], Any], module: nn.Module, wanted: bool) -> Any:
-    """`context(module)` where wanted, else a context that does nothing."""
-    from contextlib import nullcontext
-
-    return context(module) if wanted else nullcontext()
 
 
 def clip_gradients(accelerator: Accelerator, optimizer: Any, clip: float | None) -> float:

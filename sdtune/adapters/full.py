@@ -16,7 +16,9 @@ class Full:
         """See `Adapter.attach`. Half-precision weights are turned into float32: small updates would be lost in them."""
         learning: dict[str, Parameters] = {}
         for name in networks:
-            network = family.modules[name].to(torch.float32).requires_grad_(True).train()
+            network = family.modules[name].requires_grad_(True).train()
+            if any(parameter.dtype != torch.float32 for parameter in network.parameters()):
+                network.to(torch.float32)
             learning[name] = dict(network.named_parameters())
         return learning
 

@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sdtune.adapters.base import Parameters
+from sdtune.adapters.lora_files import WEIGHTS_NAME
 from sdtune.diffusion import draws
 from sdtune.errors import UsageError
 from sdtune.families.base import Family
 from sdtune.families.saving import historical_key
-
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 FEEDFORWARD = ["ff.net.0.proj", "ff.net.2"]
@@ -56,13 +54,18 @@ class Lora:
         learning: dict[str, Parameters] = {}
         for name in networks:
             targets = self.targets if name == family.denoiser else TEXT_TARGETS
-            config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets, init_lora_weights=True)
+            config = LoraConfig(
+                r=self.rank,
+                lora_alpha=self.alpha,  # type: ignore[arg-type]
+                target_modules=targets,
+                init_lora_weights=True,
+            )
             network = family.modules[name]
             with draws.seeded_globals(seed, f"weights of the LoRA of {name}"):
                 try:
                     inject_adapter_in_model(config, network)
                 except ValueError as fault:
-                    ends = sorted({key.rpartition(".")[2] for key, part in network.named_modules() if is_target(part)})
+                    ends = sorted({ending(key) for key, part in network.named_modules() if is_target(part)})
                     raise UsageError(
                         f"adapter.targets: no linear or convolution layer of {name} ends in {', '.join(targets)}; "
                         f"the endings it has are {', '.join(ends)}, the presets {', '.join(DENOISER_TARGETS)}"
@@ -87,10 +90,18 @@ class Lora:
             for key, tensor in get_peft_model_state_dict(network).items():
                 key = key if name == family.denoiser else historical_key(key)
                 state[f"{prefix}.{key}"] = tensor.contiguous()
-            settings |= {f"{prefix}.{key}": value for key, value in plain(network.peft_config["default"].to_dict()).items()}
+            settings |= {
+                f"{prefix}.{key}": value for key, value in plain(network.peft_config["default"].to_dict()).items()
+            }
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
         save_file(state, folder / WEIGHTS_NAME, metadata=metadata)
+
+
+def ending(name: str) -> str:
+    """The part of a module's name that tells its kind: to_q, to_out.0, conv1."""
+    *_, before, last = f".{name}".split(".")
+    return f"{before}.{last}" if last.isdecimal() else last
 
 
 def is_target(module: nn.Module) -> bool:
@@ -103,5 +114,3 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
     values = {key: settings[key] for key in kept if key in settings}
     return {key: sorted(value) if isinstance(value, (set, list)) else value for key, value in values.items()}
-
-

@@ -32,9 +32,9 @@ class MemoryCache:
         fresh = {key: i for i, key in enumerate(keys) if key not in self.rows}
         found: dict[str, Row] = {}
         if fresh:
-            columns = compute(list(fresh.values()))
-            for n, key in enumerate(fresh):
-                found[key] = tuple(column[n].detach().cpu() for column in columns)
+            for key, i in fresh.items():
+                # One at a time: beside others a row would be rounded otherwise, and a resumed run differ from the first.
+                found[key] = tuple(column[0].detach().cpu() for column in compute([i]))
                 self.keep(key, found[key])
         picked = [found[key] if key in found else self.rows[key] for key in keys]
         return tuple(torch.stack(column).to(device) for column in zip(*picked, strict=True))

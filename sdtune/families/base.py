@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdtune.diffusion.schedule import NoiseSchedule
 
@@ -36,10 +36,15 @@ class Family(Protocol):
     stand before them.
     """
 
-    modules: Mapping[str, nn.Module]
+    modules: Mapping[str, Any]  # nn.Module; each has a config of its own kind
     denoiser: str
     text_encoders: tuple[str, ...]
+    factor: int  # how many pixels lie along the side of a latent
+    pipeline_names: tuple[str, ...]  # the diffusers pipelines that it opens, as model_index.json names them
     schedule: NoiseSchedule
+    scheduler: dict[str, Any]  # scheduler_config.json
+    tokenizers: Mapping[str, Any]
+    max_tokens: int  # of a caption that are read, in chunks of 75
 
     @classmethod
     def load(cls, base: str, *, parts: Sequence[str] | None = None, **options: Any) -> "Family":
@@ -55,12 +60,20 @@ class Family(Protocol):
         """Make the networks from their configurations, with weights drawn from `seed`."""
         ...
 
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width, in pixels, of the pictures that the model was made for."""
+        ...
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a picture of that size in pixels."""
         ...
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the scaled latents, (B, C, h, w) each, of pixels (B, 3, H, W) in [-1, 1]."""
+        ...
+
+    def decode_images(self, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W), about in [-1, 1], of scaled latents (B, C, h, w)."""
         ...
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:

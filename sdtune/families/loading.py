@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sdtune.diffusion import draws
@@ -21,7 +22,7 @@ def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
     place = Path(base)
     if place.is_file():
         raise WeightsError(
-            f"model.base: '{base}' is a file; expected a diffusers folder (with model_index.json and unet/) or a hub id. "
+            f"'{base}' is a file; expected a diffusers folder (with model_index.json and unet/) or a hub id. "
             "A single-file checkpoint can be turned into a folder with diffusers' "
             "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
         )
@@ -30,13 +31,13 @@ def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
         if not index.is_file():
             found = ", ".join(sorted(p.name for p in place.iterdir())[:6]) or "nothing"
             raise WeightsError(
-                f"model.base: '{base}' is not a diffusers pipeline: it has no model_index.json (found: {found}). "
+                f"'{base}' is not a diffusers pipeline: it has no model_index.json (found: {found}). "
                 "Name the folder that holds unet/, vae/, text_encoder/ and model_index.json"
             )
         return read_json(index)
     if not looks_like_hub_id(base):
         raise WeightsError(
-            f"model.base: '{base}' does not exist, and is no hub id (user/name). Name a diffusers folder, a hub id, "
+            f"'{base}' does not exist, and is no hub id (user/name). Name a diffusers folder, a hub id, "
             "or 'tiny' for the small model that comes with sdtune"
         )
     return read_json(hub_file(base, "model_index.json", revision))
@@ -60,23 +61,24 @@ def hub_file(repo: str, filename: str, revision: str | None = None) -> Path:
 
 def hub_error(repo: str, fault: Exception) -> HubError:
     """One paragraph for whatever went wrong between here and the Hub."""
-    reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+    lines = str(fault).strip().splitlines()
+    reason = f"{type(fault).__name__}: {lines[0]}" if lines else type(fault).__name__
     return HubError(
-        f"'{repo}' is not in this machine's cache and could not be fetched from the Hub ({type(fault).__name__}: {reason}). "
-        f"Check the name and the network; a gated model needs `hf auth login`. On a machine with network: `hf download {repo}`, "
-        "then copy the folder here and name its path; model.base=tiny needs no network"
+        f"'{repo}' is no folder here, is not in this machine's cache, and could not be fetched from the Hub "
+        f"({reason}). Check the name and the network; a gated model needs `hf auth login`. On a machine with network: "
+        f"`hf download {repo}`, then copy the folder here and name its path; the model `tiny` needs no network"
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises WeightsError when it is not one."""
+    """A JSON file that holds an object. Raises WeightsError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"expected an object, got {type(value).__name__}")
+        return value
     except (OSError, ValueError) as fault:
-        raise WeightsError(f"'{path}' is not readable as JSON ({fault}); the model folder may be damaged") from fault
-    if not isinstance(value, dict):
-        raise WeightsError(f"'{path}' holds no JSON object; the model folder may be damaged")
-    return value
+        raise WeightsError(f"'{path}' cannot be read: {fault}") from fault
 
 
 def open_part(kind: Any, base: str, subfolder: str | None, **options: Any) -> Any:
@@ -111,14 +113,14 @@ def open_network(kind: Any, base: str, subfolder: str | None, **options: Any) ->
     Raises:
         WeightsError: a tensor is missing, left over or of another shape, or the files are damaged.
     """
-    network, report = open_part(kind, base, subfolder, output_loading_info=True, **options)
+    network, report = open_part(kind, base, subfolder, output_loading_info=True, dtype=torch.float32, **options)
     missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     extra = [key for key in extra if not key.endswith("position_ids")]  # a buffer that older transformers saved
     if missing or extra:
         place = f"{base}/{subfolder}" if subfolder else base
         raise WeightsError(
-            f"'{place}' does not fit its config.json: {len(missing)} tensors are missing {missing[:3]} and {len(extra)} are "
-            f"left over {extra[:3]}. The folder holds another model's weights, or the download is incomplete"
+            f"'{place}' does not fit its config.json: {len(missing)} tensors are missing {missing[:3]}, {len(extra)} are left "
+            f"over {extra[:3]}. The folder holds another model's weights, or the download is incomplete"
         )
     return network
 
@@ -138,17 +140,18 @@ def freeze(modules: Mapping[str, nn.Module]) -> None:
         module.requires_grad_(False).eval()
 
 
-def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> list[list[list[int]]]:
+def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int, length: int = 77) -> list[list[list[int]]]:
     """Token ids of captions, in chunks of what the text encoder reads at once.
 
     Args:
         tokenizer: a CLIPTokenizer. captions: any texts.
         max_tokens: tokens kept of a caption, a multiple of 75; longer captions are cut.
+        length: how many tokens the text encoder reads at once, start and end token included.
 
     Returns:
-        For each caption `max_tokens / 75` chunks of `model_max_length` ids, each with its own start and end token.
+        For each caption `max_tokens / 75` chunks of `length` ids, each with its own start and end token.
     """
-    width = tokenizer.model_max_length - 2
+    width = length - 2
     chunks = max(1, max_tokens // 75)
     rows = []
     for ids in tokenizer(list(captions), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]:

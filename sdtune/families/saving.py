@@ -1,37 +1,30 @@
 """Writing networks the way diffusers and older transformers read them."""
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 # The names under which stock diffusers and transformers know our networks.
 STOCK = {"UNet2DConditionModel": "diffusers", "AutoencoderKL": "diffusers"}
 
 
-def save_parts(
-    folder: Path, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], dtype: str | None = None
-) -> None:
-    """Write each network and tokenizer to its folder.
+def save_network(network: Any, folder: Path, dtype: str | None = None) -> None:
+    """Write a network's config.json and weights.
 
     Args:
-        folder: the pipeline's folder; made when missing.
-        dtype: "float16", "bfloat16", "float32", or None for each network's own.
+        folder: made when missing.
+        dtype: "float16", "bfloat16", "float32", or None for the network's own.
     """
-    for name, network in modules.items():
-        kept = network if dtype is None else copy.deepcopy(network).to(getattr(torch, dtype))
-        if name.startswith("text_encoder"):
-            save_text_encoder(kept, folder / name)
-        else:
-            kept.save_pretrained(folder / name)
-    for name, tokenizer in tokenizers.items():
-        tokenizer.save_pretrained(folder / name)
+    kept = network if dtype is None else copy.deepcopy(network).to(getattr(torch, dtype))
+    if type(network).__name__.startswith("CLIPText"):
+        save_text_encoder(kept, folder)
+    else:
+        kept.save_pretrained(folder)
 
 
-def save_text_encoder(network: nn.Module, folder: Path) -> None:
+def save_text_encoder(network: Any, folder: Path) -> None:
     """Write a CLIP text encoder under the keys that every version of transformers knows.
 
     transformers 5 dropped the `text_model.` prefix of CLIPTextModel; older versions, and other tools, expect it.
@@ -55,7 +48,10 @@ def historical_key(key: str) -> str:
 
 def save_index(folder: Path, pipeline: Any) -> None:
     """Write model_index.json, naming the library's own classes, so that stock diffusers opens the folder."""
-    ours = {name: (STOCK[type(part).__name__], type(part).__name__) for name, part in pipeline.components.items()
-            if type(part).__name__ in STOCK}
+    ours = {
+        name: (STOCK[type(part).__name__], type(part).__name__)
+        for name, part in pipeline.components.items()
+        if type(part).__name__ in STOCK
+    }
     pipeline.register_to_config(**ours)
     pipeline.save_config(folder)

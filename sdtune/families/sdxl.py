@@ -24,13 +24,18 @@ class StableDiffusionXL(StableDiffusion):
     parts = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
     pipeline_names = ("StableDiffusionXLPipeline",)
 
+    zero_empty = True  # whether an empty prompt is all zeros: `force_zeros_for_empty_prompt` of model_index.json
+
     @classmethod
-    def assemble(cls, opened: Mapping[str, Any], clip_skip: int, max_tokens: int) -> "StableDiffusionXL":
+    def assemble(
+        cls, opened: Mapping[str, Any], index: Mapping[str, Any], clip_skip: int, max_tokens: int
+    ) -> "StableDiffusionXL":
         """As for Stable Diffusion, with the second tokenizer."""
-        family = super().assemble(opened, clip_skip, max_tokens)
+        family = super().assemble(opened, index, clip_skip, max_tokens)
         assert isinstance(family, cls)
         if "tokenizer_2" in opened:
             family.tokenizers["tokenizer_2"] = opened["tokenizer_2"]
+        family.zero_empty = index.get("force_zeros_for_empty_prompt", True)
         return family
 
     @classmethod
@@ -42,6 +47,16 @@ class StableDiffusionXL(StableDiffusion):
             return CLIPTextModelWithProjection
         return super().network_class(part)
 
+    def latent_scale(self) -> tuple[Tensor | float, Tensor | float]:
+        """See `StableDiffusion.latent_scale`; some VAEs have a mean and deviation for each channel."""
+        vae = self.modules["vae"]
+        mean, std, scale = vae.config.latents_mean, vae.config.latents_std, vae.config.scaling_factor
+        if mean is None or std is None:
+            return 0.0, scale
+        shape = (1, -1, 1, 1)
+        shift, deviation = (torch.tensor(values, device=vae.device).view(shape) for values in (mean, std))
+        return shift, scale / deviation
+
     def text_width(self, text: Any) -> int:
         """The two encoders' embeddings stand side by side."""
         return text.hidden_size + self.modules["text_encoder_2"].config.hidden_size
@@ -51,10 +66,18 @@ class StableDiffusionXL(StableDiffusion):
         return answer.hidden_states[-2 - self.clip_skip]
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
-        """Token embeddings (B, L, D1 + D2) and the second encoder's pooled embedding (B, P)."""
+        """Token embeddings (B, L, D1 + D2) and the second encoder's pooled embedding (B, P).
+
+        An empty caption is all zeros, as the pipeline has it for a missing negative prompt: what is dropped in training
+        is what guidance leads away from.
+        """
         first, _ = self.embed("text_encoder", "tokenizer", captions)
         second, answer = self.embed("text_encoder_2", "tokenizer_2", captions)
-        return Conditioning(torch.cat([first, second], dim=-1), pooled=answer.text_embeds)
+        text, pooled = torch.cat([first, second], dim=-1), answer.text_embeds
+        if self.zero_empty:
+            keep = torch.tensor([float(caption != "") for caption in captions], dtype=text.dtype, device=text.device)
+            text, pooled = text * keep[:, None, None], pooled * keep[:, None]
+        return Conditioning(text, pooled)
 
     def with_sizes(self, conditioning: Conditioning, sizes: Sequence[Sequence[int]]) -> Conditioning:
         """Add `time_ids`, (B, 6)."""
@@ -72,5 +95,9 @@ class StableDiffusionXL(StableDiffusion):
         from diffusers import StableDiffusionXLPipeline
 
         return quiet(StableDiffusionXLPipeline)(
-            **self.modules, **self.tokenizers, scheduler=self.sampler(), add_watermarker=False
+            **self.modules,
+            **self.tokenizers,
+            scheduler=self.sampler(),
+            force_zeros_for_empty_prompt=self.zero_empty,
+            add_watermarker=False,
         )

@@ -20,13 +20,19 @@ from sdtune.families.loading import (
     read_json,
     tokenize,
 )
-from sdtune.families.saving import save_index, save_parts
+from sdtune.families.saving import save_index, save_network
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 # What a model from scratch samples with; the noise schedule of the recipe is added to it.
-SAMPLER = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing"}
+SAMPLER = {
+    "_class_name": "DDIMScheduler",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,  # not read under trailing spacing, but pipelines warn of any other value
+    "timestep_spacing": "trailing",
+}
 
 
 class StableDiffusion:
@@ -43,7 +49,7 @@ class StableDiffusion:
     denoiser = "unet"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     parts: tuple[str, ...] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    pipeline_names: tuple[str, ...] = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
+    pipeline_names: tuple[str, ...] = ("StableDiffusionPipeline",)
 
     def __init__(
         self,
@@ -53,7 +59,7 @@ class StableDiffusion:
         clip_skip: int = 0,
         max_tokens: int = 75,
     ) -> None:
-        self.modules = dict(modules)
+        self.modules: dict[str, Any] = dict(modules)
         self.tokenizers = {"tokenizer": tokenizer} if tokenizer is not None else {}
         self.scheduler = dict(scheduler or {})
         self.clip_skip, self.max_tokens = clip_skip, max_tokens
@@ -77,7 +83,7 @@ class StableDiffusion:
         index = read_index(base, revision)
         if index.get("_class_name") not in cls.pipeline_names:
             raise WeightsError(
-                f"model.base: '{base}' is a {index.get('_class_name')}; this family opens {' or '.join(cls.pipeline_names)}. "
+                f"'{base}' is a {index.get('_class_name')}; this family opens {' or '.join(cls.pipeline_names)}. "
                 "Set model.family to the one that fits (sdtune recipes ls shows recipes for each)"
             )
         opened = {}
@@ -87,7 +93,7 @@ class StableDiffusion:
                 opened[part] = cls.open(part, vae, subfolder)
             else:
                 opened[part] = cls.open(part, base, part, variant=variant, revision=revision)
-        return cls.assemble(opened, clip_skip, max_tokens)
+        return cls.assemble(opened, index, clip_skip, max_tokens)
 
     @classmethod
     def from_config(
@@ -107,11 +113,13 @@ class StableDiffusion:
                 opened[part] = SAMPLER | value
             else:
                 opened[part] = cls.make(part, dict(value), seed, opened)
-        return cls.assemble(opened, clip_skip, max_tokens)
+        return cls.assemble(opened, {}, clip_skip, max_tokens)
 
     @classmethod
-    def assemble(cls, opened: Mapping[str, Any], clip_skip: int, max_tokens: int) -> "StableDiffusion":
-        """The family from its opened parts; checks that they fit together."""
+    def assemble(
+        cls, opened: Mapping[str, Any], index: Mapping[str, Any], clip_skip: int, max_tokens: int
+    ) -> "StableDiffusion":
+        """The family from its opened parts and model_index.json; checks that they fit together."""
         modules = {name: part for name, part in opened.items() if isinstance(part, nn.Module)}
         family = cls(modules, opened.get("tokenizer"), opened.get("scheduler"), clip_skip, max_tokens)
         if {"unet", "text_encoder"} <= modules.keys():
@@ -163,11 +171,14 @@ class StableDiffusion:
         unet, text, vae = (self.modules[name].config for name in ("unet", "text_encoder", "vae"))
         if unet.cross_attention_dim != self.text_width(text):
             raise WeightsError(
-                f"the UNet reads text of width {unet.cross_attention_dim}, the text encoder gives {self.text_width(text)}; "
-                "take both from the same model"
+                f"the UNet reads text of width {unet.cross_attention_dim}, the text encoder gives "
+                f"{self.text_width(text)}; take both from the same model"
             )
-        if unet.out_channels != vae.latent_channels:
-            raise WeightsError(f"the UNet works on {unet.out_channels} latent channels, the VAE makes {vae.latent_channels}")
+        if not unet.in_channels == unet.out_channels == vae.latent_channels:
+            raise WeightsError(
+                f"the UNet takes {unet.in_channels} channels and answers {unet.out_channels}, the VAE makes latents of "
+                f"{vae.latent_channels}; expected the same number three times (a UNet that takes 9 is for inpainting)"
+            )
 
     def text_width(self, text: Any) -> int:
         """Width of the token embeddings that the UNet is given."""
@@ -180,19 +191,44 @@ class StableDiffusion:
         """The noise schedule the model was trained with."""
         return NoiseSchedule.from_config(self.scheduler)
 
+    @property
+    def factor(self) -> int:
+        """How many pixels lie along the side of a latent."""
+        return 2 ** (len(self.modules["vae"].config.block_out_channels) - 1)
+
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width, in pixels, of the pictures that the model was made for. Raises WeightsError if unknown."""
+        size = self.modules["unet"].config.sample_size
+        if size is None:
+            raise WeightsError(
+                "the UNet's config.json has no sample_size, so the size of its pictures is not known; add one"
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.factor, width * self.factor
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a picture of height x width pixels."""
-        config = self.modules["vae"].config
-        factor = 2 ** (len(config.block_out_channels) - 1)
-        return config.latent_channels, height // factor, width // factor
+        return self.modules["vae"].config.latent_channels, height // self.factor, width // self.factor
+
+    def latent_scale(self) -> tuple[Tensor | float, Tensor | float]:
+        """(shift, scale): scaled latents are (z - shift) * scale, exactly as the diffusers pipeline takes them back.
+
+        (That pipeline passes over the `shift_factor` of a VAE, so it is not used in training either.)
+        """
+        return 0.0, self.modules["vae"].config.scaling_factor
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the scaled latents; see `Family.encode_images`."""
-        vae = self.modules["vae"]
-        with torch.autocast(pixels.device.type, enabled=False):  # in fp16 SDXL's VAE overflows
+        vae, (shift, scale) = self.modules["vae"], self.latent_scale()
+        with torch.autocast(pixels.device.type, enabled=False):  # in half precision SDXL's VAE overflows
             posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
         return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale  # (B, C, h, w) each
+
+    def decode_images(self, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W), about in [-1, 1], of scaled latents (B, C, h, w)."""
+        vae, (shift, scale) = self.modules["vae"], self.latent_scale()
+        with torch.autocast(latents.device.type, enabled=False):
+            return vae.decode((latents.float() / scale + shift).to(vae.dtype), return_dict=False)[0].float()
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         """Token embeddings (B, L, D); L is 77 for each chunk of 75 tokens."""
@@ -201,11 +237,14 @@ class StableDiffusion:
     def embed(self, encoder: str, tokenizer: str, captions: Sequence[str]) -> tuple[Tensor, Any]:
         """Token embeddings (B, L, D) of one text encoder, and its whole answer for the first chunk."""
         network = self.modules[encoder]
-        ids = torch.tensor(tokenize(self.tokenizers[tokenizer], captions, self.max_tokens), device=network.device)
+        length = network.config.max_position_embeddings
+        ids = torch.tensor(
+            tokenize(self.tokenizers[tokenizer], captions, self.max_tokens, length), device=network.device
+        )
         answers = [network(chunk, output_hidden_states=True) for chunk in ids.unbind(1)]  # ids (B, chunks, 77)
         return torch.cat([self.hidden(network, answer) for answer in answers], dim=1), answers[0]
 
-    def hidden(self, network: nn.Module, answer: Any) -> Tensor:
+    def hidden(self, network: Any, answer: Any) -> Tensor:
         """The layer that the UNet reads, (B, 77, D): the last, or `clip_skip` before it, normalised as the last is."""
         if not self.clip_skip:
             return answer.last_hidden_state
@@ -242,11 +281,20 @@ class StableDiffusion:
         return getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler)
 
     def save(self, folder: Path, dtype: str | None = None) -> None:
-        """Write a pipeline folder that stock diffusers opens. `dtype`: float16 halves it; None keeps each network's."""
-        save_parts(folder, self.modules, self.tokenizers, dtype)
-        if "unet" in self.modules:
-            self.sampler().save_pretrained(folder / "scheduler")
-            save_index(folder, self.pipeline())
+        """Write a folder that stock diffusers opens: a pipeline, or of a VAE alone the VAE.
+
+        Args:
+            dtype: of the weights, such as "float16", which halves them; None keeps each network's own.
+        """
+        if set(self.modules) == {"vae"}:
+            save_network(self.modules["vae"], folder, dtype)
+            return
+        for name, network in self.modules.items():
+            save_network(network, folder / name, dtype)
+        for name, tokenizer in self.tokenizers.items():
+            tokenizer.save_pretrained(folder / name)
+        self.sampler().save_pretrained(folder / "scheduler")
+        save_index(folder, self.pipeline())
 
 
 def quiet(pipeline: Any) -> Any:

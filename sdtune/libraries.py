@@ -1,0 +1,48 @@
+"""What a command asks of the libraries under it before they are imported: to start fast, and to keep quiet.
+
+Only commands call this; who imports sdtune as a library keeps the libraries as they are.
+"""
+
+import logging
+import sys
+import warnings
+from functools import partial
+
+# Log messages that tell a user of sdtune nothing: (logger, a part of the message).
+SAYS_NOTHING = (
+    ("transformers.utils.import_utils", "requires torchvision (not installed); falling back to"),  # and rightly so
+    ("diffusers.models.modeling_utils", "should be kept in float32: []"),  # an empty list
+)
+
+
+def prepare() -> None:
+    """Call this first in a command that trains or draws."""
+    leave_out("bitsandbytes")
+    silence()
+
+
+def leave_out(package: str) -> None:
+    """Let the libraries take a package for one that is not installed, unless it is imported already.
+
+    peft imports bitsandbytes wherever it finds it: 2.5 seconds, and a warning about kernels that nobody asked for.
+    """
+    sys.modules.setdefault(package, None)  # type: ignore[arg-type]
+
+
+def silence() -> None:
+    """Keep back the messages of `SAYS_NOTHING`, and the bars of what takes no time. Other warnings stay."""
+    for logger, part in SAYS_NOTHING:
+        logging.getLogger(logger).addFilter(partial(has_not, part))
+    # Whether every parameter took part differs from family to family; that all did is no fault.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified in DDP constructor")
+
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of weights going from the disk to memory; it switches off those of downloads too
+    enable_progress_bars()
+
+
+def has_not(part: str, record: logging.LogRecord) -> bool:
+    """Whether a log message is to be shown: it has not this part."""
+    return part not in record.getMessage()

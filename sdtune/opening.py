@@ -1,0 +1,104 @@
+"""A model from whatever a person names it by: a run, the weights of one, a diffusers folder, a hub id, or tiny."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdtune import building
+from sdtune.adapters.lora_files import WEIGHTS_NAME, find_lora, load_lora
+from sdtune.checkpoint import all_checkpoints
+from sdtune.config import ModelSettings, resolve_asset
+from sdtune.errors import WeightsError
+from sdtune.families import FAMILIES, family_class
+from sdtune.families.base import Family
+from sdtune.families.loading import read_index
+
+NOTES = "sdtune.json"  # beside the weights of a run
+
+
+def open_model(model: str, lora: str | None = None, *, device: torch.device, precision: str = "fp32") -> Family:
+    """The family behind a name, on its device, with its LoRA if it is one, and then with another LoRA.
+
+    Args:
+        model: run folder, its final/ or a checkpoint's weights/, diffusers folder, hub id, or tiny.
+        lora: LoRA file, or a folder or run that holds one.
+        precision: of the networks on a GPU, as `building.place` has it.
+
+    Raises:
+        WeightsError: no such model, or a LoRA that does not fit it. HubError: the Hub has no answer.
+    """
+    path = weights_folder(Path(resolve_asset(model)))
+    notes = read_notes(path)
+    loras = [find_lora(weights_folder(Path(lora)))] if lora else []
+    if (path / WEIGHTS_NAME).is_file():
+        loras.insert(0, path / WEIGHTS_NAME)
+        family = open_base(path, notes)
+    elif notes.get("task") == "autoencoding":
+        raise WeightsError(
+            f"'{path}' is a VAE, which draws nothing by itself; train a model with it by model.vae={path}"
+        )
+    else:
+        family = open_whole(str(path) if path.exists() else model, notes)
+    building.place(family, device, precision)
+    for file in loras:
+        load_lora(family, file)
+    return family
+
+
+def weights_folder(path: Path) -> Path:
+    """Of a run folder its final/, or its last checkpoint's weights/ while there is none; any other path as it is.
+
+    Raises:
+        WeightsError: the run has no weights yet.
+    """
+    if not (path / "run.yaml").is_file():
+        return path
+    if (path / "final").is_dir():
+        return path / "final"
+    checkpoints = all_checkpoints(path)
+    if not checkpoints:
+        raise WeightsError(
+            f"the run '{path}' has neither final/ nor a checkpoint yet; go on with it: "
+            f"sdtune train {path / 'run.yaml'} --resume"
+        )
+    return checkpoints[-1] / "weights"
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """What a run noted beside its weights; empty for other folders. Raises WeightsError when it is damaged."""
+    try:
+        return json.loads((folder / NOTES).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as fault:
+        raise WeightsError(
+            f"'{folder / NOTES}' cannot be read ({fault}); it says which model the weights belong to"
+        ) from fault
+
+
+def open_base(folder: Path, notes: dict[str, Any]) -> Family:
+    """The model that a run's LoRA was trained on."""
+    if not notes:
+        raise WeightsError(
+            f"'{folder}' holds a LoRA and no {NOTES} that names its base model; draw with: "
+            f"sdtune sample BASE --lora {folder}"
+        )
+    try:
+        return building.open_facts(notes)
+    except WeightsError as fault:
+        raise WeightsError(
+            f"'{folder}' is a LoRA for the model '{notes.get('base')}', which cannot be opened: {fault}. If it is "
+            f"elsewhere now: sdtune sample MODEL --lora {folder}"
+        ) from fault
+
+
+def open_whole(base: str, notes: dict[str, Any]) -> Family:
+    """A pipeline folder or hub id; its model_index.json says which family it is."""
+    kind = read_index(base).get("_class_name")
+    names = {pipeline: name for name in FAMILIES for pipeline in family_class(name).pipeline_names}
+    if kind not in names:
+        raise WeightsError(f"'{base}' is a {kind}; sdtune draws with {', '.join(names)}")
+    model = ModelSettings(family=names[kind], base=base, clip_skip=notes.get("clip_skip", 0))
+    return building.open_family(model, max_tokens=notes.get("max_tokens", 75))

@@ -1,0 +1,392 @@
+"""Whole runs on a small random model: what learns, what stays, what is written, and that the way does not matter."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdtune.config import load
+from sdtune.errors import ConfigError, DataError, RunError, TrainingError, UsageError, WeightsError
+from sdtune.run import Run
+from tests.factories import VAE, losses, make_photos, make_recipe, weights
+
+FULL = {"kind": "full"}
+PAIRS = {"steps": 4, "batch_size": 2, "seed": 5}
+
+
+def finished(recipe: Any, resume: bool = False) -> Run:
+    run = Run(recipe, resume=resume)
+    run.complete()
+    return run
+
+
+def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(got[key], tensor), key
+
+
+# --- what learns ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("adapter", "learning"),
+    [
+        ({"kind": "lora"}, {"unet"}),
+        ({"kind": "lora", "text_encoder": True, "targets": "all"}, {"unet", "text_encoder"}),
+        (FULL, {"unet"}),
+        (FULL | {"text_encoder": True}, {"unet", "text_encoder"}),
+    ],
+    ids=["lora", "lora with text encoder", "full", "full with text encoder"],
+)
+def test_only_what_shall_learn_changes(
+    sd: Path, photos: Path, tmp_path: Path, adapter: Any, learning: set[str]
+) -> None:
+    run = Run(make_recipe(sd, photos, tmp_path / "run", adapter=adapter))
+    before = {
+        name: {key: tensor.clone() for key, tensor in network.state_dict().items()}
+        for name, network in run.family.modules.items()
+    }
+    run.complete()
+    for name, network in run.family.modules.items():
+        after = network.state_dict()
+        changed = {key for key, tensor in before[name].items() if not torch.equal(after[key], tensor)}
+        if adapter["kind"] == "lora":
+            assert all(".lora_" in key for key in changed)
+        assert bool(changed) == (name in learning), name
+        assert all(key in changed for key in before[name] if "lora_B" in key)  # each factor of each target learns
+
+
+def test_training_lowers_the_loss(sd: Path, tmp_path: Path) -> None:
+    one = make_photos(tmp_path / "one", 1)
+    recipe = make_recipe(
+        sd, one, tmp_path / "run", adapter=FULL, train={"steps": 40}, optimizer={"lr": 3e-3}, validate={"every": 20},
+        data=[{"path": str(one)}, {"path": str(one), "role": "validation"}],
+    )  # fmt: skip
+    finished(recipe)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    held_out = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    assert list(held_out) == [0, 20, 40]
+    assert held_out[40] < 0.8 * held_out[0]
+
+
+def test_a_text_encoder_may_learn_at_its_own_rate(sd: Path, photos: Path, tmp_path: Path) -> None:
+    run = Run(
+        make_recipe(
+            sd, photos, tmp_path / "run",
+            adapter={"text_encoder": True}, optimizer={"lr": 1e-3, "text_encoder_lr": 1e-5, "schedule": "linear"},
+        )
+    )  # fmt: skip
+    assert [group["base_lr"] for group in run.optimizer.param_groups] == [1e-3, 1e-5]
+
+
+# --- the same losses by another way -----------------------------------------------------------------------------------
+
+
+def class_pairs(folder: Path) -> list[dict[str, Any]]:
+    """Two instance sources and a class source, all of unequal weight."""
+    make_photos(folder / "a", 3)
+    make_photos(folder / "b", 2, size=(80, 64))
+    make_photos(folder / "class", 4, captions=False)
+    return [
+        {"path": str(folder / "a"), "repeats": 2},
+        {"path": str(folder / "b"), "weight": 2.0},
+        {"path": str(folder / "class"), "role": "class", "prompt": "a dog", "weight": 0.4},
+    ]
+
+
+@pytest.mark.parametrize("adapter", [{"kind": "lora", "text_encoder": True}, FULL], ids=["lora", "full"])
+def test_two_accumulated_batches_are_one_of_twice_the_size(sd: Path, tmp_path: Path, adapter: Any) -> None:
+    data = class_pairs(tmp_path)
+    common = {"adapter": adapter, "data": data, "objective": {"snr_gamma": 5.0}}
+    images = {"crop": "random", "flip": True, "caption_dropout": 0.3}
+    whole = make_recipe(sd, "", tmp_path / "whole", train=PAIRS, images=images, **common)
+    parts = make_recipe(
+        sd, "", tmp_path / "parts", train=PAIRS | {"batch_size": 1, "accumulate": 2}, images=images, **common
+    )
+    expected, got = losses(finished(whole).folder.path), losses(finished(parts).folder.path)
+    assert len(got) == 4
+    assert got == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"cache": False}, {"gradient_checkpointing": True}, {"workers": 2}],
+    ids=["no cache", "gradient checkpointing", "workers"],
+)
+def test_losses_do_not_depend_on(sd: Path, photos: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    common = {"adapter": {"kind": "lora", "text_encoder": "cache" not in change, "targets": "all"}}
+    plain = make_recipe(sd, photos, tmp_path / "plain", train={"steps": 4}, images={"flip": True}, **common)
+    other = make_recipe(sd, photos, tmp_path / "other", train={"steps": 4} | change, images={"flip": True}, **common)
+    expected, got = losses(finished(plain).folder.path), losses(finished(other).folder.path)
+    assert got == pytest.approx(expected, abs=1e-5)
+
+
+def test_bf16_trains_to_about_the_same_losses(sd: Path, photos: Path, tmp_path: Path) -> None:
+    plain = finished(make_recipe(sd, photos, tmp_path / "fp32"))
+    half = finished(make_recipe(sd, photos, tmp_path / "bf16", train={"precision": "bf16"}))
+    assert losses(half.folder.path) == pytest.approx(losses(plain.folder.path), rel=0.02)
+    assert all(p.dtype == torch.float32 for p in half.parameters.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is refused on the CPU only")
+def test_fp16_is_refused_without_a_gpu(sd: Path, photos: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{base: {sd}}}\ndata: [{{path: {photos}}}]\nimages: {{resolution: 64}}\noptimizer: {{lr: 0.001}}\n"
+        f"train: {{steps: 1, precision: fp16}}\noutput: {{dir: {tmp_path / 'run'}}}\n"
+    )
+    with pytest.raises(ConfigError, match="fp16, which needs a GPU"):
+        load(recipe)
+
+
+# --- stopping and going on --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"adapter": FULL | {"text_encoder": True}, "train": {"steps": 6, "ema": 0.9}},
+        {"adapter": {"kind": "lora", "text_encoder": True}, "images": {"flip": True, "crop": "random"}},
+    ],
+    ids=["full with ema", "lora"],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(sd: Path, tmp_path: Path, sections: dict[str, Any]) -> None:
+    common = {
+        "data": class_pairs(tmp_path),
+        "optimizer": {"schedule": "cosine", "warmup": 2},
+        "validate": {"every": 2, "fraction": 0.2},
+        "train": {"steps": 6},
+    } | sections
+    whole = finished(make_recipe(sd, "", tmp_path / "whole", **common))
+
+    halves = make_recipe(sd, "", tmp_path / "halves", output={"checkpoint_every": 3}, **common)
+    first = Run(halves)
+    for info in first.steps():
+        if info.step == 4:  # one more than the checkpoint has
+            break
+    second = Run(halves, resume=True)
+    assert second.step == 3
+    second.complete()
+
+    assert_equal(weights(tmp_path / "halves" / "final"), weights(tmp_path / "whole" / "final"))
+    assert losses(second.folder.path) == losses(whole.folder.path)
+    assert_equal(
+        {key: p.detach() for key, p in second.parameters.items()},
+        {key: p.detach() for key, p in whole.parameters.items()},
+    )
+
+
+def test_a_run_without_a_checkpoint_resumes_at_its_start(sd: Path, photos: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(sd, photos, tmp_path / "run", train={"steps": 3})
+    next(Run(recipe).steps())
+    again = finished(recipe, resume=True)
+    assert len(losses(again.folder.path)) == 3 and again.folder.final.is_dir()
+
+
+def test_a_finished_run_is_neither_repeated_nor_overwritten(sd: Path, photos: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(sd, photos, tmp_path / "run", output={"checkpoint_every": 1})
+    finished(recipe)
+    with pytest.raises(RunError, match="exists already and is never overwritten; go on with it by adding --resume"):
+        Run(recipe)
+    with pytest.raises(RunError, match="has done its 2 steps already.*sdtune sample"):
+        Run(recipe, resume=True)
+    longer = finished(make_recipe(sd, photos, tmp_path / "run", train={"steps": 4}), resume=True)
+    assert len(losses(longer.folder.path)) == 4
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
+        "step-000001",
+        "step-000002",
+    ]
+    assert load(tmp_path / "run" / "run.yaml").train.steps == 4
+
+
+def test_nothing_to_resume(sd: Path, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="does not exist, so there is nothing to resume; start the run without --resume"):
+        Run(make_recipe(sd, photos, tmp_path / "run"), resume=True)
+    with pytest.raises(RunError, match="not the folder of a run"):
+        Run(make_recipe(sd, photos, photos), resume=True)
+
+
+# --- autoencoding -----------------------------------------------------------------------------------------------------
+
+
+def test_a_vae_from_scratch_learns_and_gets_its_scaling_factor(photos: Path, tmp_path: Path) -> None:
+    config = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in VAE.items() if key != "scaling_factor"
+    }
+    recipe = make_recipe(
+        "", photos, tmp_path / "run", task="autoencoding", model={"from_config": {"vae": config}}, adapter=FULL,
+        train={"steps": 30, "batch_size": 4, "ema": 0.9}, optimizer={"lr": 3e-3},
+        validate={"every": 10, "fraction": 0.2},
+    )  # fmt: skip
+    run = finished(recipe)
+    values = losses(run.folder.path)
+    assert values[-1] < 0.7 * values[0]
+    saved = json.loads((run.folder.final / "config.json").read_text())
+    assert saved["_class_name"] == "AutoencoderKL" and saved["scaling_factor"] != 0.18215
+
+    from diffusers import AutoencoderKL
+
+    from sdtune.data.images import to_float
+
+    vae = AutoencoderKL.from_pretrained(run.folder.final)
+    pixels = torch.stack([run.training[number][0].pixels for number in range(len(run.training))])
+    with torch.no_grad():
+        latents = vae.encode(to_float(pixels)).latent_dist.mean * vae.config.scaling_factor
+    assert latents.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_a_vae_from_weights_keeps_its_scaling_factor(sd: Path, photos: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(sd, photos, tmp_path / "run", task="autoencoding", adapter=FULL)
+    run = finished(recipe)
+    assert set(run.family.modules) == {"vae"}
+    assert json.loads((run.folder.final / "config.json").read_text())["scaling_factor"] == VAE["scaling_factor"]
+    trained = make_recipe(sd, photos, tmp_path / "with", model={"vae": str(run.folder.final)})
+    for key, tensor in Run(trained).family.modules["vae"].state_dict().items():
+        assert torch.equal(tensor, run.family.modules["vae"].state_dict()[key])
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_faults_found_before_training_leave_no_run_folder(sd: Path, sdxl: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"data": [{"path": str(empty)}]}, DataError, "holds no pictures"),
+        ({"model": {"base": str(sdxl)}}, WeightsError, "is a StableDiffusionXLPipeline.*model.family"),
+        ({"model": {"base": str(photos)}}, WeightsError, "has no model_index.json"),
+        ({"model": {"base": str(photos / "0.png")}}, WeightsError, "is a file; expected a diffusers folder"),
+        (
+            {"adapter": {"targets": ["nothing"]}},
+            UsageError,
+            "no linear or convolution layer of unet ends in nothing.*to_out.0",
+        ),
+        ({"model": {"base": str(sd), "vae": str(sd / "unet")}}, WeightsError, "unet"),
+    ]
+    for sections, kind, match in cases:
+        with pytest.raises(kind, match=match) as caught:
+            Run(make_recipe(sd, photos, out, **sections))
+        assert "\n" not in str(caught.value)
+        assert not out.exists(), match
+
+
+def damaged(folder: Path, sd: Path, part: str, content: bytes) -> Path:
+    """A copy of a model with another content of one file."""
+    import shutil
+
+    shutil.copytree(sd, folder)
+    file = folder / part
+    assert file.exists()
+    file.write_bytes(content)
+    return folder
+
+
+def test_damaged_models_are_refused(sd: Path, sdxl: Path, photos: Path, tmp_path: Path) -> None:
+    whole = (sd / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    other = (sdxl / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    name = "unet/diffusion_pytorch_model.safetensors"
+    text = "text_encoder/model.safetensors"
+    cases = [
+        (name, whole[: len(whole) // 2]),
+        (name, b"not a model"),
+        (name, other),
+        (text, (sd / text).read_bytes()[:5000]),
+        (text, (sdxl / "text_encoder_2" / "model.safetensors").read_bytes()),
+        ("unet/config.json", b"{"),
+        ("model_index.json", b"{"),
+        ("scheduler/scheduler_config.json", b"[]"),
+        ("tokenizer/tokenizer.json", b"{}"),
+    ]
+    for number, (part, content) in enumerate(cases):
+        folder = damaged(tmp_path / str(number), sd, part, content)
+        with pytest.raises(WeightsError, match=str(folder)) as caught:
+            Run(make_recipe(folder, photos, tmp_path / "run"))
+        assert "\n" not in str(caught.value) and not (tmp_path / "run").exists(), part
+
+
+def test_a_picture_that_breaks_in_the_middle_leaves_a_run_to_resume(sd: Path, tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", 4)
+    recipe = make_recipe(sd, photos, tmp_path / "run", train={"steps": 8, "batch_size": 1})
+    whole = finished(make_recipe(sd, photos, tmp_path / "whole", train={"steps": 8, "batch_size": 1}))
+    run = Run(recipe)
+    last = whole.training[3][0].key.split("|")[1]
+    good = (photos / last).read_bytes()
+    (photos / last).write_bytes(good[: len(good) // 2])
+    with pytest.raises(DataError, match=f"{last} cannot be read.*stopped after step 3.*--resume"):
+        run.complete()
+    assert not run.folder.final.exists()
+    (photos / last).write_bytes(good)
+    again = finished(recipe, resume=True)
+    assert losses(again.folder.path) == losses(whole.folder.path)
+
+
+def test_a_loss_that_is_not_finite_is_told(sd: Path, photos: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        sd, photos, tmp_path / "run", adapter=FULL, optimizer={"lr": 1e30, "clip": None}, train={"steps": 9}
+    )
+    with pytest.raises(TrainingError, match="the loss of step .* is (nan|inf).*optimizer.lr"):
+        finished(recipe)
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    sd: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    recipe = make_recipe(sd, photos, tmp_path / "run", output={"checkpoint_every": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr("sdtune.run_folder.write_text", full)
+        with pytest.raises(RunError, match="could not be made .No space left on device.*output.dir"):
+            Run(recipe)
+    assert not (tmp_path / "run").exists()
+
+    run = Run(recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr("sdtune.checkpoint.save_file", full)
+        with pytest.raises(
+            RunError, match="could not be written .No space left on device.; nothing half-written is left"
+        ):
+            run.complete()
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert len(losses(finished(recipe, resume=True).folder.path)) == 2
+
+
+def test_a_resolution_without_whole_latents_is_refused(tmp_path: Path, photos: Path) -> None:
+    config = {
+        "down_block_types": ["DownEncoderBlock2D"] * 5, "up_block_types": ["UpDecoderBlock2D"] * 5,
+        "block_out_channels": [8] * 5, "norm_num_groups": 8, "layers_per_block": 1,
+    }  # fmt: skip
+    recipe = make_recipe(
+        "", photos, tmp_path / "run", task="autoencoding", model={"from_config": {"vae": config}}, adapter=FULL,
+        images={"resolution": [64, 72]},
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="got 64 x 72, but a latent of this VAE stands for 16 x 16 pixels"):
+        Run(recipe)
+
+
+# --- class pictures ---------------------------------------------------------------------------------------------------
+
+
+def test_class_pictures_are_drawn_by_the_base_before_it_learns(sd: Path, photos: Path, tmp_path: Path) -> None:
+    data = [
+        {"path": str(photos)},
+        {"path": str(tmp_path / "class"), "role": "class", "prompt": "a dog", "generate": 3},
+    ]
+    samples = {"samples": {"prompts": ["a dog"], "steps": 2}}
+    recipe = make_recipe(sd, "", tmp_path / "run", data=data, validate=samples)
+    finished(recipe)
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").glob("*.png")}
+    assert len(drawn) == 3
+
+    # a run of other steps and another adapter draws the same ones, and takes those that are there
+    (tmp_path / "class" / "class-000001.png").unlink()
+    finished(make_recipe(sd, "", tmp_path / "other", data=data, validate=samples, adapter=FULL))
+    again = {path.name: path.read_bytes() for path in (tmp_path / "class").glob("*.png")}
+    assert again.keys() == drawn.keys()
+    assert again["class-000000.png"] == drawn["class-000000.png"]
