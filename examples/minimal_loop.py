@@ -33,10 +33,10 @@ rows = read_rows(photos)  # metadata.jsonl: {"file_name": ..., "text": ...}
 pictures = [prepare(open_rgb(f"{photos}/{row['file_name']}"), size, size) for row in rows]
 pixels = to_float(torch.stack(pictures))  # (N, 3, H, W) in [-1, 1]
 captions = [row["text"] for row in rows]
-tokens = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
 with torch.no_grad():  # neither the VAE nor the text encoder learns: what they say is computed once
     latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor  # (N, C, h, w)
-    text = text_encoder(tokens.input_ids).last_hidden_state  # (N, 77, D)
+    text = text_encoder(tokens.input_ids).last_hidden_state  # (N, L, D)
 
 accelerator = Accelerator()
 optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-START, END, CONTEXT = 32  # tokens of a prompt, start and end counted: the longest name has 10, and CLIP's 77 would cost a quarter more time
-WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+CONTEXT = 32  # tokens of a prompt, start and end counted: the longest name has 10, and CLIP's 77 would only cost time
 # CLIP's own pattern: contractions, runs of letters, single digits, runs of anything else.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
