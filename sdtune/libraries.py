@@ -5,13 +5,14 @@ Only commands call this; who imports sdtune as a library keeps the libraries as 
 
 import logging
 import sys
-import warnings
 from functools import partial
 
 # Log messages that tell a user of sdtune nothing: (logger, a part of the message).
 SAYS_NOTHING = (
     ("transformers.utils.import_utils", "requires torchvision (not installed); falling back to"),  # and rightly so
     ("diffusers.models.modeling_utils", "should be kept in float32: []"),  # an empty list
+    ("diffusers.loaders.lora_base", "No LoRA keys associated to"),  # `check_fit` has looked at every key
+    ("diffusers.loaders.peft", "No LoRA keys associated to"),
 )
 
 
@@ -33,8 +34,6 @@ def silence() -> None:
     """Keep back the messages of `SAYS_NOTHING`, and the bars of what takes no time. Other warnings stay."""
     for logger, part in SAYS_NOTHING:
         logging.getLogger(logger).addFilter(partial(has_not, part))
-    # Whether every parameter took part differs from family to family; that all did is no fault.
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified in DDP constructor")
 
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar

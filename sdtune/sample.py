@@ -21,7 +21,7 @@ from sdtune.families.base import Conditioning, Family
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LONGEST = 225  # tokens of a prompt that are read
+CHUNKS = 3  # of a prompt that are read, of 75 tokens each
 PIXELS = 512 * 512  # about as many are drawn at a time, in up to 16 pictures
 
 
@@ -170,15 +170,17 @@ def command(
 
 
 def lengthen(family: Family, prompts: Sequence[str]) -> None:
-    """Let the family read as many chunks of 75 tokens as the longest prompt has, up to 225 tokens."""
+    """Let the family read as many chunks of tokens as the longest prompt has, up to 3."""
     longest = max(
         len(ids)
         for tokenizer in family.tokenizers.values()
         for ids in tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
     )
-    if longest > LONGEST:
-        print(f"a prompt has {longest} tokens; the first {LONGEST} are read", file=sys.stderr)
-    family.max_tokens = max(family.max_tokens, min(LONGEST, math.ceil(longest / 75) * 75))
+    width = family.modules[family.text_encoders[0]].config.max_position_embeddings - 2  # of a chunk; 75 for CLIP
+    chunks = math.ceil(longest / width)
+    if chunks > CHUNKS:
+        print(f"a prompt has {longest} tokens; the first {CHUNKS * width} are read", file=sys.stderr)
+    family.max_tokens = max(family.max_tokens, 75 * min(CHUNKS, chunks))
 
 
 def file_name(prompt: str) -> str:

@@ -52,17 +52,14 @@ def make_accelerator(precision: str, trackers: Sequence[str] = (), folder: Path 
         folder: of the run; trackers write to its logs/.
     """
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
     AcceleratorState._reset_state()  # else a second run in this process could not have another precision
     mixed = {"fp32": "no"}.get(precision, precision)
     project = ProjectConfiguration(logging_dir=str(folder / "logs")) if folder else None
-    handlers = [
-        DistributedDataParallelKwargs(find_unused_parameters=True),  # of a text encoder often only some layers are read
-        InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # the main process draws pictures while the others wait
-    ]
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # while the main process draws, the others wait
     return Accelerator(
-        mixed_precision=mixed, log_with=list(trackers) or None, project_config=project, kwargs_handlers=handlers
+        mixed_precision=mixed, log_with=list(trackers) or None, project_config=project, kwargs_handlers=[patience]
     )
 
 

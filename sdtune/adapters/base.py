@@ -11,6 +11,15 @@ from sdtune.families.base import Family
 Parameters = dict[str, nn.Parameter]
 
 
+def learnable(family: Family, name: str, parameters: Parameters) -> Parameters:
+    """Those that get a gradient; the others are frozen. (Processes would wait for the gradients of all.)"""
+    unread = family.unread(name)
+    frozen = {key for key in parameters if any(part in key for part in unread)}
+    for key, parameter in parameters.items():
+        parameter.requires_grad_(key not in frozen)
+    return {key: parameter for key, parameter in parameters.items() if key not in frozen}
+
+
 class Adapter(Protocol):
     """Chooses, and if need be adds, the parameters that learn; writes and reads them.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sdtune.adapters.base import Parameters
+from sdtune.adapters.base import Parameters, learnable
 from sdtune.families.base import Family
 
 
@@ -16,10 +16,10 @@ class Full:
         """See `Adapter.attach`. Half-precision weights are turned into float32: small updates would be lost in them."""
         learning: dict[str, Parameters] = {}
         for name in networks:
-            network = family.modules[name].requires_grad_(True).train()
+            network = family.modules[name].train()
             if any(parameter.dtype != torch.float32 for parameter in network.parameters()):
                 network.to(torch.float32)
-            learning[name] = dict(network.named_parameters())
+            learning[name] = learnable(family, name, dict(network.named_parameters()))
         return learning
 
     def save(self, family: Family, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sdtune.adapters.base import Parameters
+from sdtune.adapters.base import Parameters, learnable
 from sdtune.adapters.lora_files import WEIGHTS_NAME
 from sdtune.diffusion import draws
 from sdtune.errors import UsageError
@@ -71,10 +71,10 @@ class Lora:
                         f"the endings it has are {', '.join(ends)}, the presets {', '.join(DENOISER_TARGETS)}"
                     ) from fault
             network.train()
-            learning[name] = {key: p for key, p in network.named_parameters() if "lora_" in key}
-            for parameter in learning[name].values():
+            factors = {key: p for key, p in network.named_parameters() if "lora_" in key}
+            for parameter in factors.values():
                 parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
+            learning[name] = learnable(family, name, factors)
         return learning
 
     def save(self, family: Family, folder: Path) -> None:

@@ -64,6 +64,10 @@ class Family(Protocol):
         """Height and width, in pixels, of the pictures that the model was made for."""
         ...
 
+    def unread(self, name: str) -> tuple[str, ...]:
+        """Parts of parameter names of a network that `predict` and `encode_text` never come by: they cannot learn."""
+        ...
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a picture of that size in pixels."""
         ...

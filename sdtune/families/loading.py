@@ -119,8 +119,8 @@ def open_network(kind: Any, base: str, subfolder: str | None, **options: Any) ->
     if missing or extra:
         place = f"{base}/{subfolder}" if subfolder else base
         raise WeightsError(
-            f"'{place}' does not fit its config.json: {len(missing)} tensors are missing {missing[:3]}, {len(extra)} are left "
-            f"over {extra[:3]}. The folder holds another model's weights, or the download is incomplete"
+            f"'{place}' does not fit its config.json: {len(missing)} tensors are missing {missing[:3]}, {len(extra)} are "
+            f"left over {extra[:3]}. The folder holds another model's weights, or the download is incomplete"
         )
     return network
 

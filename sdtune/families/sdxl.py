@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdtune.families.base import Conditioning
-from sdtune.families.stable_diffusion import StableDiffusion, quiet
+from sdtune.families.stable_diffusion import StableDiffusion, last_layers, quiet
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -56,6 +56,12 @@ class StableDiffusionXL(StableDiffusion):
         shape = (1, -1, 1, 1)
         shift, deviation = (torch.tensor(values, device=vae.device).view(shape) for values in (mean, std))
         return shift, scale / deviation
+
+    def unread(self, name: str) -> tuple[str, ...]:
+        """See `Family.unread`: of the first text encoder the last layer. (Of the second all is pooled.)"""
+        if name == "text_encoder":
+            return (*last_layers(self.modules[name], 1 + self.clip_skip), "final_layer_norm.")
+        return () if name == "text_encoder_2" else super().unread(name)
 
     def text_width(self, text: Any) -> int:
         """The two encoders' embeddings stand side by side."""

@@ -206,6 +206,12 @@ class StableDiffusion:
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.factor, width * self.factor
 
+    def unread(self, name: str) -> tuple[str, ...]:
+        """See `Family.unread`: the layers that clip skip leaves out, and the input of distilled UNets for guidance."""
+        if name in self.text_encoders:
+            return last_layers(self.modules[name], self.clip_skip)
+        return ("time_embedding.cond_proj.",)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a picture of height x width pixels."""
         return self.modules["vae"].config.latent_channels, height // self.factor, width // self.factor
@@ -295,6 +301,12 @@ class StableDiffusion:
             tokenizer.save_pretrained(folder / name)
         self.sampler().save_pretrained(folder / "scheduler")
         save_index(folder, self.pipeline())
+
+
+def last_layers(text_encoder: Any, count: int) -> tuple[str, ...]:
+    """Parts of the parameter names of a text encoder's last layers."""
+    layers = text_encoder.config.num_hidden_layers
+    return tuple(f"encoder.layers.{i}." for i in range(layers - count, layers))
 
 
 def quiet(pipeline: Any) -> Any:

@@ -42,12 +42,13 @@ def write(recipe: Any, file: Path) -> Path:
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", [{"kind": "lora", "text_encoder": True}, {"kind": "full"}], ids=["lora", "full"])
-def test_two_processes_are_one_with_twice_the_batch(sd: Path, tmp_path: Path, adapter: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_two_processes_are_one_with_twice_the_batch(sd: Path, tmp_path: Path, kind: str) -> None:
     make_photos(tmp_path / "a", 3)
     make_photos(tmp_path / "class", 4, captions=False)
     common: dict[str, Any] = {
-        "adapter": adapter,
+        "model": {"clip_skip": 1},  # then a layer of the text encoder gets no gradient
+        "adapter": {"kind": kind, "text_encoder": True},
         "data": [
             {"path": str(tmp_path / "a")},
             {"path": str(tmp_path / "class"), "role": "class", "prompt": "a dog", "weight": 0.4},
@@ -68,7 +69,7 @@ def test_two_processes_are_one_with_twice_the_batch(sd: Path, tmp_path: Path, ad
     assert len(losses(tmp_path / "two")) == 4
     result = json.loads(ran.stdout.splitlines()[-1])  # said once, by one of the two
     assert ran.stdout.count("{") == 1 and result["steps"] == 4
-    assert "find_unused_parameters" not in ran.stderr
+    assert "arning" not in ran.stderr
     for file in (tmp_path / "one" / "final").rglob("*.safetensors"):
         got = load_file(tmp_path / "two" / "final" / file.relative_to(tmp_path / "one" / "final"))
         for key, tensor in load_file(file).items():
@@ -190,6 +191,10 @@ def test_train_and_sample_say_nothing_but_what_is_theirs(sd: Path, photos: Path,
 
 
 def test_faults_are_one_paragraph_and_an_exit_code(sd: Path, photos: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from sdtune.cli import app
+
     recipe = write(make_recipe(sd, photos, tmp_path / "run"), tmp_path / "recipe.yaml")
     broken = tmp_path / "broken"
     shutil.copytree(photos, broken)
@@ -204,8 +209,8 @@ def test_faults_are_one_paragraph_and_an_exit_code(sd: Path, photos: Path, tmp_p
         (["sample", tmp_path / "none", "--prompt", "dog", "--out", tmp_path / "out"], 1, "does not exist"),
     ]
     for arguments, code, match in cases:
-        ran = sdtune(*arguments)
-        assert ran.returncode == code, ran.stderr
+        ran = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert ran.exit_code == code, ran.stderr
         assert ran.stderr.startswith("error: ") and match in ran.stderr and "Traceback" not in ran.stderr
         assert ran.stdout == ""
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
