@@ -186,7 +186,9 @@ class Run:
         )
 
     def finish(self) -> None:
-        """Write `final/`, from the averaged weights where there are some."""
+        """Write `final/`, from the averaged weights where there are some, and the report."""
+        from sdtune.report import write_report
+
         with self.averaged():
             if isinstance(self.task, AutoencodingTask) and self.scale_is_open():
                 examples = building.make_held_out(self.recipe, self.sources, count=512, batch_size=1)
@@ -194,6 +196,8 @@ class Run:
             if distributed.is_main():
                 with checkpoint.written_aside(self.folder.final) as aside:
                     self.save_weights(aside)
+        if distributed.is_main():
+            write_report(self.folder)
         if self.accelerator.trackers:
             self.accelerator.end_training()
         distributed.barrier()
