@@ -1,11 +1,13 @@
 """Pictures and captions of a data set of the Hub, through HF `datasets` and its cache."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from sdtune.data.folder import captions_of
 from sdtune.data.sources import Picture
 from sdtune.errors import DataError, HubError
+from sdtune.hub_access import hub_fault
 
 
 def hub_pictures(hub: str, split: str, image_column: str, text_column: str, prompt: str | None) -> list[Picture]:
@@ -50,6 +52,8 @@ def hub_pictures(hub: str, split: str, image_column: str, text_column: str, prom
 def _load(hub: str, split: str) -> Any:
     import datasets
 
+    if not Path(hub).exists() and hub_fault(hub, "dataset"):
+        raise _no_network(hub)
     try:
         return datasets.load_dataset(hub, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -58,13 +62,17 @@ def _load(hub: str, split: str) -> Any:
             "datasets, and log in with: hf auth login"
         ) from error
     except ConnectionError as error:
-        raise HubError(
-            f"the data set {hub!r} is not in the cache and the Hub cannot be reached; check the network, or give a "
-            "local folder with: data.0.hub=null data.0.path=FOLDER"
-        ) from error
+        raise _no_network(hub) from error
     except Exception as error:  # datasets passes on whatever its readers raise
         what = " ".join(str(error).split())
         raise DataError(f"the data set {hub!r} ({split}) cannot be loaded: {what}") from error
+
+
+def _no_network(hub: str) -> HubError:
+    return HubError(
+        f"the data set {hub!r} is not in the cache and the Hub cannot be reached; check the network, or give a local "
+        "folder with: data.0.hub=null data.0.path=FOLDER"
+    )
 
 
 def _content(images: Any, index: int, column: str) -> bytes | str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from sdtune.diffusion import draws
 from sdtune.errors import HubError, SdtuneError, WeightsError
+from sdtune.hub_access import hub_fault
 
 
 def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
@@ -53,10 +54,21 @@ def hub_file(repo: str, filename: str, revision: str | None = None) -> Path:
     """One file of a hub model, downloaded or from the cache. Raises HubError."""
     from huggingface_hub import hf_hub_download
 
+    require_hub(repo)
     try:
         return Path(hf_hub_download(repo, filename, revision=revision))
     except Exception as fault:  # the library raises requests', httpx's, its own and OS errors here
         raise hub_error(repo, fault) from fault
+
+
+def require_hub(repo: str) -> None:
+    """Raises HubError when a model is not in the cache and the Hub cannot be asked for it."""
+    if fault := hub_fault(repo):
+        raise HubError(
+            f"'{repo}' is no folder here, is not in this machine's cache, and could not be fetched from the Hub "
+            f"({fault}). On a machine with network: `hf download {repo}`, then copy the folder here and name its path; "
+            "the model `tiny` needs no network"
+        )
 
 
 def hub_error(repo: str, fault: Exception) -> HubError:
@@ -64,9 +76,8 @@ def hub_error(repo: str, fault: Exception) -> HubError:
     lines = str(fault).strip().splitlines()
     reason = f"{type(fault).__name__}: {lines[0]}" if lines else type(fault).__name__
     return HubError(
-        f"'{repo}' is no folder here, is not in this machine's cache, and could not be fetched from the Hub "
-        f"({reason}). Check the name and the network; a gated model needs `hf auth login`. On a machine with network: "
-        f"`hf download {repo}`, then copy the folder here and name its path; the model `tiny` needs no network"
+        f"'{repo}' is no folder here and could not be fetched from the Hub ({reason}). Check the name and the network; "
+        "a gated model needs `hf auth login`"
     )
 
 
@@ -96,6 +107,8 @@ def open_part(kind: Any, base: str, subfolder: str | None, **options: Any) -> An
     local = Path(base).exists()
     if local and not Path(place).is_dir():
         raise WeightsError(f"'{place}' does not exist; expected a folder with a {kind.__name__}")
+    if not local:
+        require_hub(base)
     try:
         return kind.from_pretrained(base, **options)
     except SdtuneError:
@@ -119,7 +132,7 @@ def open_network(kind: Any, base: str, subfolder: str | None, **options: Any) ->
     if missing or extra:
         place = f"{base}/{subfolder}" if subfolder else base
         raise WeightsError(
-            f"'{place}' does not fit its config.json: {len(missing)} tensors are missing {missing[:3]}, {len(extra)} are "
+            f"'{place}' does not fit its config.json: {len(missing)} tensors missing {missing[:3]}, {len(extra)} are "
             f"left over {extra[:3]}. The folder holds another model's weights, or the download is incomplete"
         )
     return network
