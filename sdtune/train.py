@@ -8,7 +8,7 @@ draws and saves between two steps (`sdtune/run.py`).
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -112,9 +112,18 @@ class Ema:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within: the parameters hold their averages."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange parameters and average: call it before measuring or saving, and again after."""
+        """Exchange parameters and averages."""
         for name, parameter in self.parameters.items():
             kept = parameter.detach().clone()
             parameter.copy_(self.average[name])

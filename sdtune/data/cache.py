@@ -33,7 +33,7 @@ class MemoryCache:
         found: dict[str, Row] = {}
         if fresh:
             for key, i in fresh.items():
-                # One at a time: beside others a row is rounded otherwise, and a resumed run would differ from the first.
+                # One at a time: beside others a row is rounded otherwise, and a resumed run would differ.
                 found[key] = tuple(column[0].detach().cpu() for column in compute([i]))
                 self.keep(key, found[key])
         picked = [found[key] if key in found else self.rows[key] for key in keys]

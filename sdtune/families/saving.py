@@ -6,9 +6,6 @@ from typing import Any
 
 import torch
 
-# The names under which stock diffusers and transformers know our networks.
-STOCK = {"UNet2DConditionModel": "diffusers", "AutoencoderKL": "diffusers"}
-
 
 def save_network(network: Any, folder: Path, dtype: str | None = None) -> None:
     """Write a network's config.json and weights.
@@ -44,14 +41,3 @@ def historical_key(key: str) -> str:
     if key.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
         return f"text_model.{key}"
     return key
-
-
-def save_index(folder: Path, pipeline: Any) -> None:
-    """Write model_index.json, naming the library's own classes, so that stock diffusers opens the folder."""
-    ours = {
-        name: (STOCK[type(part).__name__], type(part).__name__)
-        for name, part in pipeline.components.items()
-        if type(part).__name__ in STOCK
-    }
-    pipeline.register_to_config(**ours)
-    pipeline.save_config(folder)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdtune.families.base import Conditioning
-from sdtune.families.stable_diffusion import StableDiffusion, last_layers, quiet
+from sdtune.families.stable_diffusion import StableDiffusion, last_layers
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -100,7 +100,7 @@ class StableDiffusionXL(StableDiffusion):
         """A diffusers pipeline over these networks."""
         from diffusers import StableDiffusionXLPipeline
 
-        return quiet(StableDiffusionXLPipeline)(
+        return StableDiffusionXLPipeline(
             **self.modules,
             **self.tokenizers,
             scheduler=self.sampler(),

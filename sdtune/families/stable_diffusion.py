@@ -20,7 +20,7 @@ from sdtune.families.loading import (
     read_json,
     tokenize,
 )
-from sdtune.families.saving import save_index, save_network
+from sdtune.families.saving import save_network
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -271,7 +271,7 @@ class StableDiffusion:
         """A diffusers pipeline over these networks."""
         from diffusers import StableDiffusionPipeline
 
-        return quiet(StableDiffusionPipeline)(
+        return StableDiffusionPipeline(
             **self.modules,
             tokenizer=self.tokenizers["tokenizer"],
             scheduler=self.sampler(),
@@ -300,26 +300,10 @@ class StableDiffusion:
         for name, tokenizer in self.tokenizers.items():
             tokenizer.save_pretrained(folder / name)
         self.sampler().save_pretrained(folder / "scheduler")
-        save_index(folder, self.pipeline())
+        self.pipeline().save_config(folder)  # model_index.json
 
 
 def last_layers(text_encoder: Any, count: int) -> tuple[str, ...]:
     """Parts of the parameter names of a text encoder's last layers."""
     layers = text_encoder.config.num_hidden_layers
     return tuple(f"encoder.layers.{i}." for i in range(layers - count, layers))
-
-
-def quiet(pipeline: Any) -> Any:
-    """The constructor without the library's log about our classes standing where its own are expected."""
-    import logging
-
-    def make(**parts: Any) -> Any:
-        log = logging.getLogger("diffusers.pipelines.pipeline_utils")
-        level = log.level
-        log.setLevel(logging.ERROR)
-        try:
-            return pipeline(**parts)
-        finally:
-            log.setLevel(level)
-
-    return make
