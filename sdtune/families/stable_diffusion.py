@@ -300,7 +300,8 @@ class StableDiffusion:
         for name, tokenizer in self.tokenizers.items():
             tokenizer.save_pretrained(folder / name)
         self.sampler().save_pretrained(folder / "scheduler")
-        self.pipeline().save_config(folder)  # model_index.json
+        pipeline: Any = self.pipeline()
+        pipeline.save_config(folder)  # model_index.json
 
 
 def last_layers(text_encoder: Any, count: int) -> tuple[str, ...]:
