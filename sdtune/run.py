@@ -1,11 +1,9 @@
 """One run, from a recipe to its folder: builds the parts, drives the loop, and does what is due between two steps."""
 
-import contextlib
 import json
-import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from sdtune.data.dataset import held_out
 from sdtune.data.sources import Source
 from sdtune.errors import DataError, RunError
 from sdtune.libraries import prepare as prepare_libraries
+from sdtune.logbook import Logbook
 from sdtune.run_folder import RunFolder
 from sdtune.tasks import AutoencodingTask, TrainStep
 from sdtune.train import Ema, StepInfo, lr_factor, make_accelerator, make_optimizer, prepare, train
@@ -40,6 +39,7 @@ class Run:
         self.folder = RunFolder(recipe.output.dir)
         self.folder.check_resumable() if resume else self.folder.check_free()
         self.accelerator = make_accelerator(recipe.train.precision, recipe.output.trackers, self.folder.path)
+        self.logbook = Logbook(self.folder, self.accelerator, recipe.output.log_every)
         self.height, self.width = building.picture_size(recipe)
         sources = [building.make_source(settings) for settings in recipe.data if not settings.generate]
         self.family = building.make_family(recipe)
@@ -143,7 +143,7 @@ class Run:
             for info in self.loop():
                 self.step = info.step
                 last = info.step == recipe.train.steps
-                self.log(info)
+                self.logbook.step(info)
                 if last or due(info.step, recipe.validation.every):
                     self.measure()
                 if recipe.validation.samples and (last or due(info.step, recipe.validation.samples.every)):
@@ -189,17 +189,15 @@ class Run:
         """Write `final/`, from the averaged weights where there are some, and the report."""
         from sdtune.report import write_report
 
-        with self.averaged():
-            if isinstance(self.task, AutoencodingTask) and self.scale_is_open():
-                examples = building.make_held_out(self.recipe, self.sources, count=512, batch_size=1)
+        if isinstance(self.task, AutoencodingTask) and self.scale_is_open():
+            examples = building.make_held_out(self.recipe, self.sources, count=512, batch_size=1)
+            with self.averaged():
                 self.task.set_scaling_factor([batch.to(self.accelerator.device) for batch in examples])
-            if distributed.is_main():
-                with checkpoint.written_aside(self.folder.final) as aside:
-                    self.save_weights(aside)
         if distributed.is_main():
+            with checkpoint.written_aside(self.folder.final) as aside:
+                self.save_weights(aside)
             write_report(self.folder)
-        if self.accelerator.trackers:
-            self.accelerator.end_training()
+        self.logbook.close()
         distributed.barrier()
 
     def scale_is_open(self) -> bool:
@@ -208,25 +206,6 @@ class Run:
         return isinstance(part, dict) and "scaling_factor" not in part
 
     # --- between two steps ------------------------------------------------------------------------------------------
-
-    def log(self, info: StepInfo) -> None:
-        """A line in metrics.jsonl and in every tracker."""
-        if info.step % self.recipe.output.log_every and info.step != 1:
-            return
-        values = asdict(info)
-        values["samples_per_second"] = round(info.samples / info.seconds, 3)
-        values["seconds"] = round(info.seconds, 4)
-        self.record(values)
-
-    def record(self, values: dict[str, Any]) -> None:
-        """Log values that hold "step"; numbers that are not finite, which JSON does not know, are left out."""
-        values = {key: value for key, value in values.items() if math.isfinite(value)}
-        if distributed.is_main():
-            self.folder.log(values)
-        if self.recipe.output.trackers:
-            if not self.accelerator.trackers:  # opened late: their libraries take seconds to import
-                self.accelerator.init_trackers("sdtune")
-            self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
 
     @torch.no_grad()
     def measure(self) -> None:
@@ -240,7 +219,7 @@ class Run:
                 module(batch.to(device), self.task.draw_fixed(batch, self.recipe.train.seed, total).to(device))
                 for batch in self.held_out
             ]
-        self.record({"step": self.step, "val_loss": torch.cat(losses).mean().item()})
+        self.logbook.write({"step": self.step, "val_loss": torch.cat(losses).mean().item()})
 
     def draw_samples(self) -> None:
         """Pictures of the recipe's prompts, from the same initial noise at every call."""
@@ -266,7 +245,7 @@ class Run:
                 optimizer=self.optimizer.optimizer,
                 averages=None if self.ema is None else self.ema.average,
                 scaler=self.accelerator.scaler,
-                save_weights=self.save_averaged,
+                save_weights=self.save_weights,
             )
             checkpoint.forget_old(self.folder.path, self.recipe.output.keep_last)
         distributed.barrier()
@@ -277,27 +256,15 @@ class Run:
         if self.step and not there and distributed.world() == 1:
             self.save_checkpoint()
 
-    def save_averaged(self, folder: Path) -> None:
-        """Write the averaged weights where there are some."""
-        with self.averaged():
-            self.save_weights(folder)
-
     def save_weights(self, folder: Path) -> None:
-        """Write the weights as they are now, and a note of what they belong to."""
-        self.adapter.save(self.family, folder)
+        """Write the weights, averaged where there is an EMA, and a note of what they belong to."""
+        with self.averaged():
+            self.adapter.save(self.family, folder)
         checkpoint.write_json(folder / "sdtune.json", building.facts(self.recipe) | {"step": self.step})
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """Within: the EMA's weights, if there is one."""
-        if self.ema is None or self.step == 0:
-            yield
-            return
-        self.ema.swap()
-        try:
-            yield
-        finally:
-            self.ema.swap()
+        return nullcontext() if self.ema is None or self.step == 0 else self.ema.applied()
 
 
 def due(step: int, every: int | None) -> bool:
@@ -305,7 +272,7 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-@contextlib.contextmanager
+@contextmanager
 def evaluation(module: nn.Module) -> Iterator[None]:
     """Within: evaluation mode; afterwards each part as it was."""
     training = [part for part in module.modules() if part.training]
