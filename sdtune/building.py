@@ -104,12 +104,21 @@ def check_size(family: Family, height: int, width: int) -> None:
 
 
 def place(family: Family, device: torch.device, precision: str) -> None:
-    """Networks to their device; on a GPU in half precision, but for the VAE, whose pictures suffer from it."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    """Networks to their device; on a GPU what does not learn in half precision, but for the VAE, whose pictures suffer.
+
+    Call it after the adapter is attached.
+    """
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision) if device.type == "cuda" else None
     for name, network in family.modules.items():
-        network.to(device)
-        if half and device.type == "cuda" and name != "vae":
-            network.to(half)
+        move(network, device, None if name == "vae" else half)
+
+
+def move(network: nn.Module, device: torch.device, half: torch.dtype | None) -> None:
+    """A network to its device, frozen weights as `half`: one by one, so that no second copy stands beside it."""
+    for parameter in network.parameters():
+        frozen = half is not None and not parameter.requires_grad
+        parameter.data = parameter.data.to(device=device, dtype=half if frozen else parameter.dtype)
+    network.to(device)  # the buffers
 
 
 def make_adapter(recipe: Recipe) -> Adapter:

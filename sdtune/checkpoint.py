@@ -145,6 +145,12 @@ def restore(
         RunError: the checkpoint is damaged, or of a run with other learning parameters.
     """
     state = folder / "state"
+    if (averages is not None) != (state / "ema.safetensors").exists() and (state / "state.json").exists():
+        had, has = ("no EMA", "one") if averages is not None else ("an EMA", "none")
+        raise RunError(
+            f"'{folder}' is of a run with {had}, this recipe has {has} (train.ema); resume with the recipe that made "
+            "it (run.yaml of the run folder)"
+        )
     try:
         facts = json.loads((state / "state.json").read_text(encoding="utf-8"))
         trainable = load_file(state / "trainable.safetensors")

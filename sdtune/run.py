@@ -44,16 +44,15 @@ class Run:
         sources = [building.make_source(settings) for settings in recipe.data if not settings.generate]
         self.family = building.make_family(recipe)
         building.check_size(self.family, self.height, self.width)
-        building.place(self.family, self.accelerator.device, recipe.train.precision)
         self.make_learning()
+        drawn = [settings for settings in recipe.data if settings.generate]
+        early = bool(drawn) and not resume  # drawing takes long; a run that is stopped there can be resumed
+        if early:
+            self.start()
+        self.make_data(sources + [self.class_source(settings) for settings in drawn])
         if resume:
             self.restore()
-        drawn = [settings for settings in recipe.data if settings.generate]
-        if drawn:  # takes long; a run that is stopped there can be resumed
-            self.start()
-            sources += [self.class_source(settings) for settings in drawn]
-        self.make_data(sources)
-        if not drawn:
+        if not early:
             self.start()
 
     # --- getting ready ----------------------------------------------------------------------------------------------
@@ -86,6 +85,7 @@ class Run:
         self.adapter = building.make_adapter(recipe)
         networks = building.learning_networks(recipe, self.family)
         learning = self.adapter.attach(self.family, networks, recipe.train.seed)
+        building.place(self.family, self.accelerator.device, recipe.train.precision)
         if recipe.train.gradient_checkpointing:
             building.save_memory([self.family.modules[name] for name in networks])
         self.parameters = {f"{name}.{key}": p for name, some in learning.items() for key, p in some.items()}

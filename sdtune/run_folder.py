@@ -70,10 +70,10 @@ class RunFolder:
         except (OSError, RunError) as fault:
             if new:
                 shutil.rmtree(self.path, ignore_errors=True)
-            why = getattr(fault, "strerror", None) or fault
-            raise RunError(
-                f"'{self.path}' could not be made ({why}); choose another place with output.dir=FOLDER"
-            ) from fault
+            if isinstance(fault, RunError):
+                raise
+            message = f"'{self.path}' could not be made ({fault.strerror}); choose another place with output.dir=FOLDER"
+            raise RunError(message) from fault
 
     def latest(self) -> Path | None:
         """The last whole checkpoint, if there is one."""

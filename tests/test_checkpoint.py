@@ -77,6 +77,16 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
         restore(tmp_path / "step-000003", (parameters, optimizer, averages))
 
 
+def test_a_checkpoint_without_or_with_an_ema_is_told(tmp_path: Path) -> None:
+    parameters, optimizer, averages = learner(0)
+    save(tmp_path / "step-000003", (parameters, optimizer, averages))
+    with pytest.raises(RunError, match="of a run with an EMA, this recipe has none .train.ema.; resume with"):
+        restore(tmp_path / "step-000003", (parameters, optimizer, None))
+    save(tmp_path / "step-000004", (parameters, optimizer, None))
+    with pytest.raises(RunError, match="of a run with no EMA, this recipe has one"):
+        restore(tmp_path / "step-000004", (parameters, optimizer, averages))
+
+
 @pytest.mark.parametrize("name", ["state.json", "trainable.safetensors", "optimizer.safetensors", "ema.safetensors"])
 def test_a_damaged_checkpoint_is_told(tmp_path: Path, name: str) -> None:
     save(tmp_path / "step-000003", learner(0))

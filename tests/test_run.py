@@ -373,6 +373,25 @@ def test_a_resolution_without_whole_latents_is_refused(tmp_path: Path, photos: P
 # --- class pictures ---------------------------------------------------------------------------------------------------
 
 
+def test_class_pictures_that_are_lost_are_drawn_by_the_base_again(sd: Path, photos: Path, tmp_path: Path) -> None:
+    import shutil
+
+    data = [
+        {"path": str(photos)},
+        {"path": str(tmp_path / "class"), "role": "class", "prompt": "a dog", "generate": 2},
+    ]
+    samples = {"samples": {"prompts": ["a dog"], "steps": 2}}
+    common: dict[str, Any] = {"data": data, "validate": samples, "optimizer": {"lr": 0.1}, "train": {"steps": 3}}
+    recipe = make_recipe(sd, "", tmp_path / "run", output={"checkpoint_every": 2}, **common)
+    for info in Run(recipe).steps():
+        if info.step == 2:
+            break
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").glob("*.png")}
+    shutil.rmtree(tmp_path / "class")
+    finished(recipe, resume=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "class").glob("*.png")} == drawn
+
+
 def test_class_pictures_are_drawn_by_the_base_before_it_learns(sd: Path, photos: Path, tmp_path: Path) -> None:
     data = [
         {"path": str(photos)},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sdtune.diffusion.schedule import NoiseSchedule
-from sdtune.errors import WeightsError
+from sdtune.errors import UsageError, WeightsError
 from sdtune.families.base import Conditioning
 from sdtune.families.loading import (
     freeze,
@@ -167,8 +167,13 @@ class StableDiffusion:
         return CLIPTextModel
 
     def check_widths(self) -> None:
-        """The text encoder, UNet and VAE agree in width. Raises WeightsError."""
+        """The text encoder, UNet and VAE agree in width. Raises WeightsError, or UsageError for clip skip."""
         unet, text, vae = (self.modules[name].config for name in ("unet", "text_encoder", "vae"))
+        if self.clip_skip >= text.num_hidden_layers:
+            raise UsageError(
+                f"model.clip_skip: got {self.clip_skip}, but the text encoder has {text.num_hidden_layers} layers; "
+                "expected less, 1 is usual"
+            )
         if unet.cross_attention_dim != self.text_width(text):
             raise WeightsError(
                 f"the UNet reads text of width {unet.cross_attention_dim}, the text encoder gives "

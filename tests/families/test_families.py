@@ -13,7 +13,7 @@ from sdtune import building
 from sdtune.config import ModelSettings
 from sdtune.data.images import to_float
 from sdtune.diffusion.schedule import Prediction
-from sdtune.errors import WeightsError
+from sdtune.errors import UsageError, WeightsError
 from sdtune.families import FAMILIES, family_class
 from sdtune.families.loading import tokenize
 from sdtune.run import Run
@@ -200,6 +200,34 @@ def test_what_a_family_is_not_is_said(name: str, tmp_path: Path, sd: Path) -> No
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(WeightsError, match="is a FluxPipeline; this family opens StableDiffusion"):
         open_one(name, folder)
+
+
+def test_half_precision_files_are_half_as_large_and_opened_in_full(sd: Path, tmp_path: Path) -> None:
+    family = open_one("stable-diffusion", sd)
+    family.save(tmp_path / "half", dtype="float16")
+    assert all(network.dtype == torch.float32 for network in family.modules.values())
+    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        sizes_of = [(folder / part / f"{name}.safetensors").stat().st_size for folder in (tmp_path / "half", sd)]
+        assert sizes_of[0] < 0.6 * sizes_of[1]
+    again = open_one("stable-diffusion", tmp_path / "half")
+    assert all(network.dtype == torch.float32 for network in again.modules.values())
+
+
+def test_frozen_weights_are_halved_and_those_that_learn_are_not(sd: Path) -> None:
+    network = open_one("stable-diffusion", sd).modules["unet"]
+    network.conv_out.requires_grad_(True)
+    before = network.conv_out.weight
+    building.move(network, torch.device("cpu"), torch.bfloat16)
+    assert network.conv_out.weight is before and before.dtype == torch.float32
+    assert network.conv_in.weight.dtype == torch.bfloat16 and network.dtype == torch.bfloat16
+    building.move(network, torch.device("cpu"), None)
+    assert network.conv_in.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("clip_skip", [3, 7])
+def test_more_layers_cannot_be_skipped_than_there_are(sd: Path, clip_skip: int) -> None:
+    with pytest.raises(UsageError, match=f"model.clip_skip: got {clip_skip}, but the text encoder has 3 layers"):
+        open_one("stable-diffusion", sd, clip_skip=clip_skip)
 
 
 def test_time_ids_of_a_batch(sd: Path, photos: Path, tmp_path: Path) -> None:

@@ -216,6 +216,27 @@ def test_faults_are_one_paragraph_and_an_exit_code(sd: Path, photos: Path, tmp_p
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 
+STARTING = """
+import sys
+from sdtune.config import load
+from sdtune.libraries import prepare
+from sdtune.run import Run
+
+prepare()
+next(Run(load(sys.argv[1])).steps())
+print([name for name in sys.argv[2:] if sys.modules.get(name)])
+"""
+LATER = ("torch.utils.tensorboard", "diffusers.pipelines.pipeline_utils", "bitsandbytes", "torch._inductor.compile_fx")
+
+
+def test_what_the_first_step_does_not_need_is_not_imported(sd: Path, photos: Path, tmp_path: Path) -> None:
+    recipe = write(make_recipe(sd, photos, tmp_path / "run"), tmp_path / "recipe.yaml")
+    line = [sys.executable, "-c", STARTING, str(recipe), *LATER]
+    ran = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "[]\n"
+
+
 def test_ctrl_c_ends_the_step_and_keeps_it(sd: Path, photos: Path, tmp_path: Path) -> None:
     import signal
     import time
