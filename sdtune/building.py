@@ -9,7 +9,7 @@ from torch import nn
 
 from sdtune.adapters import adapter_class
 from sdtune.adapters.base import Adapter
-from sdtune.config import DataSource, ModelSettings, Recipe, resolve_asset
+from sdtune.config import DataSource, Drawing, ModelSettings, Recipe, resolve_asset
 from sdtune.data.batches import Batch, collate
 from sdtune.data.dataset import TrainingSet, validation_examples
 from sdtune.data.sources import Source, load_source
@@ -194,9 +194,10 @@ def draw_class_pictures(recipe: Recipe, settings: DataSource, family: Family) ->
     from sdtune.sample import draw_pictures
 
     height, width = picture_size(recipe)
-    samples = recipe.validation.samples
-    steps, guidance = (samples.steps, samples.guidance) if samples else (25, 7.5)
-    count = int(settings.generate or 0)
+    drawing = settings.drawing or Drawing()
+    steps, guidance, count = drawing.steps, drawing.guidance, int(settings.generate or 0)
+    model = recipe.model.model_dump(exclude_none=True, exclude_defaults=True)
+    made_by = {"model": model, "size": [height, width], "seed": recipe.train.seed, **drawing.model_dump()}
 
     def draw(prompts: Sequence[str], numbers: Sequence[int]) -> list["Image"]:
         seeds = [recipe.train.seed * 1_000_003 + number for number in numbers]
@@ -208,7 +209,7 @@ def draw_class_pictures(recipe: Recipe, settings: DataSource, family: Family) ->
             bar.update(there - bar.n)
 
         folder = Path(resolve_asset(str(settings.path)))
-        fill_class_folder(folder, class_prompts(settings), count, draw, batch_size=16, progress=show)
+        fill_class_folder(folder, class_prompts(settings), count, draw, made_by, batch_size=16, progress=show)
 
 
 def picture_size(recipe: Recipe) -> tuple[int, int]:

@@ -92,6 +92,7 @@ def save(
     folder: Path,
     *,
     step: int,
+    samples: int | None = None,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     averages: Mapping[str, Tensor] | None,
@@ -103,6 +104,7 @@ def save(
     Args:
         folder: where, e.g. checkpoints/step-000100.
         step: optimizer steps done.
+        samples: of a step, on all processes; None: not kept.
         parameters: those that learn, by name, in the optimizer's order.
         averages: the EMA, by the same names.
         scaler: the loss scaler of fp16, if any.
@@ -117,7 +119,8 @@ def save(
         save_file(optimizer_tensors(parameters, optimizer), state / "optimizer.safetensors")
         if averages is not None:
             save_file({name: a.cpu().contiguous() for name, a in averages.items()}, state / "ema.safetensors")
-        facts = {"step": step, "format": 1, "scaler": scaler.state_dict() if scaler is not None else None}
+        facts = {"step": step, "samples": samples, "format": 1}
+        facts["scaler"] = scaler.state_dict() if scaler is not None else None
         (state / "state.json").write_text(json.dumps(facts), encoding="utf-8")
         save_weights(aside / "weights")
 
@@ -134,6 +137,7 @@ def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.o
 def restore(
     folder: Path,
     *,
+    samples: int | None = None,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     averages: dict[str, Tensor] | None,
@@ -142,7 +146,8 @@ def restore(
     """Put a checkpoint back; returns the number of optimizer steps done.
 
     Raises:
-        RunError: the checkpoint is damaged, or of a run with other learning parameters.
+        RunError: the checkpoint is damaged, or of a run with other learning parameters or another number of samples a
+            step.
     """
     state = folder / "state"
     if (averages is not None) != (state / "ema.safetensors").exists() and (state / "state.json").exists():
@@ -160,6 +165,12 @@ def restore(
         raise RunError(
             f"'{folder}' is not a whole checkpoint ({fault}); remove it and resume from the one before"
         ) from fault
+    if samples is not None and facts.get("samples") not in (None, samples):
+        raise RunError(
+            f"'{folder}' is of a run with {facts['samples']} samples a step, this one has {samples} (train.batch_size "
+            "times train.accumulate times processes) and would not go on with the same order; choose them so that the "
+            "product stays"
+        )
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in trainable.items()}:
         raise RunError(

@@ -37,7 +37,7 @@ class Run:
     def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         self.recipe, self.step = recipe, 0
         self.folder = RunFolder(recipe.output.dir)
-        self.folder.check_resumable() if resume else self.folder.check_free()
+        self.check_folder(resume)
         self.accelerator = make_accelerator(recipe.train.precision, recipe.output.trackers, self.folder.path)
         self.logbook = Logbook(self.folder, self.accelerator, recipe.output.log_every)
         self.height, self.width = building.picture_size(recipe)
@@ -56,6 +56,25 @@ class Run:
             self.start()
 
     # --- getting ready ----------------------------------------------------------------------------------------------
+
+    def check_folder(self, resume: bool) -> None:
+        """Raises RunError when the folder cannot be begun, or cannot be gone on with."""
+        if not resume:
+            self.folder.check_free()
+            return
+        self.folder.check_resumable()
+        self.folder.check_same(self.recipe)
+        if self.folder.final.exists() and self.folder.latest() is None:
+            raise RunError(
+                f"'{self.folder.path}' is done and has no checkpoint to go on from (output.checkpoint_every is not "
+                f"set); draw with it: sdtune sample {self.folder.path} --prompt TEXT, or begin another run with "
+                "output.dir=FOLDER"
+            )
+
+    @property
+    def samples(self) -> int:
+        """Samples of an optimizer step, on all processes."""
+        return self.recipe.train.batch_size * self.recipe.train.accumulate * distributed.world()
 
     def start(self) -> None:
         """Make the run folder."""
@@ -108,6 +127,7 @@ class Run:
             return
         self.step = checkpoint.restore(
             latest,
+            samples=self.samples,
             parameters=self.parameters,
             optimizer=self.optimizer.optimizer,
             averages=None if self.ema is None else self.ema.average,
@@ -148,7 +168,8 @@ class Run:
                     self.measure()
                 if recipe.validation.samples and (last or due(info.step, recipe.validation.samples.every)):
                     self.draw_samples()
-                if due(info.step, recipe.output.checkpoint_every):
+                every = recipe.output.checkpoint_every
+                if due(info.step, every) or (last and every is not None):  # so that a run can be made longer
                     self.save_checkpoint()
                 yield info
         except DataError as fault:
@@ -241,6 +262,7 @@ class Run:
             checkpoint.save(
                 self.folder.checkpoint(self.step),
                 step=self.step,
+                samples=self.samples,
                 parameters=self.parameters,
                 optimizer=self.optimizer.optimizer,
                 averages=None if self.ema is None else self.ema.average,

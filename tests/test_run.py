@@ -202,6 +202,55 @@ def test_a_finished_run_is_neither_repeated_nor_overwritten(sd: Path, photos: Pa
     assert load(tmp_path / "run" / "run.yaml").train.steps == 4
 
 
+def test_a_finished_run_can_be_made_longer_from_its_true_end(sd: Path, photos: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"output": {"checkpoint_every": 2}, "adapter": {"kind": "lora", "text_encoder": True}}
+    finished(make_recipe(sd, photos, tmp_path / "run", train={"steps": 3}, **common))
+    longer = Run(make_recipe(sd, photos, tmp_path / "run", train={"steps": 5}, **common), resume=True)
+    assert longer.step == 3
+    longer.complete()
+    whole = finished(make_recipe(sd, photos, tmp_path / "whole", train={"steps": 5}, **common))
+    assert losses(longer.folder.path) == losses(whole.folder.path)
+    assert_equal(weights(tmp_path / "run" / "final"), weights(tmp_path / "whole" / "final"))
+
+
+def test_a_finished_run_without_a_checkpoint_is_kept(sd: Path, photos: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(sd, photos, tmp_path / "run")
+    before = weights(finished(recipe).folder.final)
+    for again in (recipe, make_recipe(sd, photos, tmp_path / "run", train={"steps": 9})):
+        with pytest.raises(RunError, match="is done and has no checkpoint to go on from.*checkpoint_every.*sdtune sam"):
+            Run(again, resume=True)
+    assert_equal(weights(tmp_path / "run" / "final"), before)
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"train": {"seed": 9}}, "train.seed was 0 and is 9"),
+        ({"optimizer": {"lr": 0.5}}, "optimizer.lr was .* and is 0.5"),
+        ({"images": {"flip": True}}, "images.flip was false and is true"),
+        ({"validate": {"fraction": 0.5}}, "validate.fraction was 0.0 and is 0.5"),
+        ({"train": {"ema": 0.9}}, "train.ema was nothing and is 0.9"),
+        ({"data": "more"}, "data.1.path was nothing and is '.*photos'"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings_only(
+    sd: Path, photos: Path, tmp_path: Path, sections: dict[str, Any], told: str
+) -> None:
+    recipe = make_recipe(sd, photos, tmp_path / "run", output={"checkpoint_every": 1})
+    next(Run(recipe).steps())
+    kept = (tmp_path / "run" / "run.yaml").read_text()
+    if sections == {"data": "more"}:
+        sections = {"data": [{"path": str(photos)}] * 2}
+    with pytest.raises(RunError, match=f"was begun with other settings: .*{told}.*run.yaml --resume") as caught:
+        Run(make_recipe(sd, photos, tmp_path / "run", **sections), resume=True)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "run" / "run.yaml").read_text() == kept
+    with pytest.raises(RunError, match="2 samples a step, this one has 4"):
+        Run(make_recipe(sd, photos, tmp_path / "run", train={"batch_size": 4}), resume=True)
+    other = {"steps": 3, "workers": 1, "batch_size": 1, "accumulate": 2}
+    finished(make_recipe(sd, photos, tmp_path / "run", train=other, output={"log_every": 2}), resume=True)
+
+
 def test_nothing_to_resume(sd: Path, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="does not exist, so there is nothing to resume; start the run without --resume"):
         Run(make_recipe(sd, photos, tmp_path / "run"), resume=True)
@@ -378,10 +427,9 @@ def test_class_pictures_that_are_lost_are_drawn_by_the_base_again(sd: Path, phot
 
     data = [
         {"path": str(photos)},
-        {"path": str(tmp_path / "class"), "role": "class", "prompt": "a dog", "generate": 2},
+        {"path": str(tmp_path / "class"), "role": "class", "prompt": "a dog", "generate": 2, "drawing": {"steps": 2}},
     ]
-    samples = {"samples": {"prompts": ["a dog"], "steps": 2}}
-    common: dict[str, Any] = {"data": data, "validate": samples, "optimizer": {"lr": 0.1}, "train": {"steps": 3}}
+    common: dict[str, Any] = {"data": data, "optimizer": {"lr": 0.1}, "train": {"steps": 3}}
     recipe = make_recipe(sd, "", tmp_path / "run", output={"checkpoint_every": 2}, **common)
     for info in Run(recipe).steps():
         if info.step == 2:
@@ -395,17 +443,21 @@ def test_class_pictures_that_are_lost_are_drawn_by_the_base_again(sd: Path, phot
 def test_class_pictures_are_drawn_by_the_base_before_it_learns(sd: Path, photos: Path, tmp_path: Path) -> None:
     data = [
         {"path": str(photos)},
-        {"path": str(tmp_path / "class"), "role": "class", "prompt": "a dog", "generate": 3},
+        {"path": str(tmp_path / "class"), "role": "class", "prompt": "a dog", "generate": 3, "drawing": {"steps": 2}},
     ]
-    samples = {"samples": {"prompts": ["a dog"], "steps": 2}}
-    recipe = make_recipe(sd, "", tmp_path / "run", data=data, validate=samples)
+    recipe = make_recipe(sd, "", tmp_path / "run", data=data)
     finished(recipe)
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").glob("*.png")}
     assert len(drawn) == 3
 
     # a run of other steps and another adapter draws the same ones, and takes those that are there
     (tmp_path / "class" / "class-000001.png").unlink()
-    finished(make_recipe(sd, "", tmp_path / "other", data=data, validate=samples, adapter=FULL))
+    finished(make_recipe(sd, "", tmp_path / "other", data=data, adapter=FULL))
     again = {path.name: path.read_bytes() for path in (tmp_path / "class").glob("*.png")}
     assert again.keys() == drawn.keys()
     assert again["class-000000.png"] == drawn["class-000000.png"]
+
+    # pictures of another kind are neither mixed in nor taken for the base's own
+    data[1]["drawing"] = {"steps": 3}
+    with pytest.raises(DataError, match="were drawn otherwise: steps was 2 and is 3. Give an empty folder"):
+        Run(make_recipe(sd, "", tmp_path / "third", data=data))

@@ -143,6 +143,8 @@ def _source(source: DataSource, number: int) -> Iterator[Fault]:
                 yield key, f"is read with role: class only, got role: {source.role}; remove it"
     elif source.prompt is None and source.prompts is None and (source.generate or not _has_captions(source)):
         yield "prompt", "missing; expected a prompt (or prompts, a text file) that says what the class pictures show"
+    if source.drawing and not source.generate:
+        yield "drawing", "is read with generate only; remove it"
     if source.generate and source.hub:
         yield "generate", "pictures are drawn into a folder, got a hub data set; set path"
     if source.prompts is not None and not Path(resolve_asset(source.prompts)).is_file():

@@ -63,6 +63,11 @@ def dump(recipe: Recipe) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def parse(text: str) -> Recipe:
+    """What `dump` wrote, without a look at the files that it names. Raises ValueError when it is no recipe."""
+    return Recipe.model_validate(yaml.safe_load(text))
+
+
 def check(values: dict[str, Any]) -> tuple[Recipe | None, list[Fault]]:
     """The recipe, if its values are well formed, and all faults: of single values and of their combination."""
     try:

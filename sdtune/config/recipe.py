@@ -71,6 +71,13 @@ class Reconstruction(Section):
     kl: float = Field(1e-4, ge=0, description="Weight of the KL divergence, mean over the latent elements.")
 
 
+class Drawing(Section):
+    """How the base draws class pictures."""
+
+    steps: int = Field(25, ge=1, le=1000, description="Sampling steps.")
+    guidance: float = Field(7.5, ge=0, description="Guidance scale.")
+
+
 class DataSource(Section):
     """Pictures: a folder on this machine or a data set on the hub. Exactly one of `path` and `hub`."""
 
@@ -91,6 +98,7 @@ class DataSource(Section):
     generate: int | None = Field(
         None, ge=1, description="Role class: the base draws pictures into `path` until there are so many."
     )
+    drawing: Drawing | None = Field(None, description="How they are drawn; null: in 25 steps with guidance 7.5.")
     prompts: str | None = Field(None, description="Role class: text file, one prompt a line, used in turn.")
 
 

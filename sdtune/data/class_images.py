@@ -8,8 +8,9 @@ Source: Ruiz et al. 2022, "DreamBooth: Fine Tuning Text-to-Image Diffusion Model
 """
 
 import io
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sdtune.data.metadata import METADATA, is_picture, list_files, read_rows, wr
 from sdtune.errors import DataError
 
 Draw = Callable[[list[str], list[int]], list[Image.Image]]
+NOTES = "drawn_by.json"
 NAME = re.compile(r"class-\d{6,}\.png")
 
 
@@ -28,6 +30,7 @@ def fill_class_folder(
     prompts: Sequence[str],
     count: int,
     draw: Draw,
+    made_by: Mapping[str, Any] | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
@@ -40,6 +43,7 @@ def fill_class_folder(
         prompts: drawn in turn.
         count: how many pictures the folder shall hold.
         draw: (prompts, numbers) -> pictures; each must depend on its prompt and number only.
+        made_by: what the pictures depend on beside prompt and number (model, size, steps ...), noted in drawn_by.json.
         batch_size: how many are drawn at once.
         progress: called with (pictures there, count) after each batch.
 
@@ -47,7 +51,7 @@ def fill_class_folder(
         How many were drawn.
 
     Raises:
-        DataError: the folder holds pictures drawn for other prompts, or cannot be written.
+        DataError: the folder holds pictures drawn for other prompts or otherwise, or cannot be written.
     """
     if not prompts:
         raise DataError("there are no prompts to draw class pictures for; give data.N.prompt, or lines in its file.")
@@ -56,6 +60,7 @@ def fill_class_folder(
     others = [row for row in rows if not NAME.fullmatch(row["file_name"])]  # of pictures that a person put there
     drawn = {row["file_name"]: row for row in rows if NAME.fullmatch(row["file_name"])}
     _refuse_other_prompts(folder, drawn, prompts)
+    _note(folder / NOTES, dict(made_by or {}), bool(drawn))
 
     there = {name for name in list_files(folder) if is_picture(name)}
     wanted = range(max(0, count - sum(not NAME.fullmatch(name) for name in there)))
@@ -80,6 +85,27 @@ def _png(picture: Image.Image) -> bytes:
     content = io.BytesIO()
     picture.save(content, "PNG")
     return content.getvalue()
+
+
+def _note(file: Path, made_by: dict[str, Any], drawn: bool) -> None:
+    """Keeps what the pictures were made by, and refuses to mix in or take pictures that were made otherwise."""
+    made_by = json.loads(json.dumps(made_by))
+    before = _read_notes(file) if drawn and file.exists() else made_by
+    told = [f"{key} was {before.get(key)} and is {now}" for key, now in made_by.items() if before.get(key) != now]
+    if told:
+        raise DataError(
+            f"the class pictures in {file.parent} were drawn otherwise: {'; '.join(told)}. Give an empty folder with: "
+            "data.N.path=FOLDER, or take the pictures as they are with: data.N.generate=null data.N.drawing=null"
+        )
+    if made_by:
+        write_atomically(file, (json.dumps(made_by, indent=2) + "\n").encode())
+
+
+def _read_notes(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{file} cannot be read: {error}; remove the folder {file.parent} to draw anew") from error
 
 
 def _refuse_other_prompts(folder: Path, drawn: dict[str, dict[str, Any]], prompts: Sequence[str]) -> None:
