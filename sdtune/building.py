@@ -1,15 +1,14 @@
 """From settings to objects: each function reads the part of a recipe that it is named after."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from sdtune.adapters import adapter_class
 from sdtune.adapters.base import Adapter
-from sdtune.config import DataSource, Drawing, ModelSettings, Recipe, resolve_asset
+from sdtune.config import DataSource, ModelSettings, Recipe, resolve_asset
 from sdtune.data.batches import Batch, collate
 from sdtune.data.dataset import TrainingSet, validation_examples
 from sdtune.data.sources import Source, load_source
@@ -17,9 +16,6 @@ from sdtune.errors import UsageError
 from sdtune.families import family_class
 from sdtune.families.base import Family
 from sdtune.tasks import AutoencodingTask, DenoisingTask, Task
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 def make_family(recipe: Recipe) -> Family:
@@ -176,40 +172,6 @@ def make_held_out(recipe: Recipe, sources: Sequence[Source], count: int, batch_s
     """Batches of at most `count` pictures, as they are measured: without chance."""
     examples = validation_examples(sources, *picture_size(recipe), count, recipe.images.background)
     return [collate([[e] for e in examples[i : i + batch_size]]) for i in range(0, len(examples), batch_size)]
-
-
-def class_prompts(settings: DataSource) -> list[str]:
-    """What class pictures are drawn of, taken in turn."""
-    if settings.prompts is None:
-        return [str(settings.prompt)]
-    lines = Path(resolve_asset(settings.prompts)).read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip()]
-
-
-def draw_class_pictures(recipe: Recipe, settings: DataSource, family: Family) -> None:
-    """Let the base draw until the class folder holds `generate` pictures; those that are there stay."""
-    from tqdm import tqdm
-
-    from sdtune.data.class_images import fill_class_folder
-    from sdtune.sample import draw_pictures
-
-    height, width = picture_size(recipe)
-    drawing = settings.drawing or Drawing()
-    steps, guidance, count = drawing.steps, drawing.guidance, int(settings.generate or 0)
-    model = recipe.model.model_dump(exclude_none=True, exclude_defaults=True)
-    made_by = {"model": model, "size": [height, width], "seed": recipe.train.seed, **drawing.model_dump()}
-
-    def draw(prompts: Sequence[str], numbers: Sequence[int]) -> list["Image"]:
-        seeds = [recipe.train.seed * 1_000_003 + number for number in numbers]
-        return list(draw_pictures(family, prompts, seeds, height=height, width=width, steps=steps, guidance=guidance))
-
-    with tqdm(total=count, desc="class pictures", unit="picture", delay=1) as bar:
-
-        def show(there: int, _: int) -> None:
-            bar.update(there - bar.n)
-
-        folder = Path(resolve_asset(str(settings.path)))
-        fill_class_folder(folder, class_prompts(settings), count, draw, made_by, batch_size=16, progress=show)
 
 
 def picture_size(recipe: Recipe) -> tuple[int, int]:

@@ -31,7 +31,8 @@ def show_progress(run: "Run") -> "StepInfo | None":
             bar.update()
             if interrupted.is_set() and run.step < total:
                 run.keep()
-                bar.write(f"stopped after step {run.step}; go on with the same command and --resume", file=sys.stderr)
+                again = f"sdtune train {run.folder.path / 'run.yaml'} --resume"
+                bar.write(f"stopped after step {run.step}; go on with: {again}", file=sys.stderr)
                 raise KeyboardInterrupt
     return info
 

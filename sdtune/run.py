@@ -18,6 +18,7 @@ from sdtune.data.sources import Source
 from sdtune.errors import DataError, RunError
 from sdtune.libraries import prepare as prepare_libraries
 from sdtune.logbook import Logbook
+from sdtune.resuming import check_folder
 from sdtune.run_folder import RunFolder
 from sdtune.tasks import AutoencodingTask, TrainStep
 from sdtune.train import Ema, StepInfo, lr_factor, make_accelerator, make_optimizer, prepare, train
@@ -37,7 +38,7 @@ class Run:
     def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         self.recipe, self.step = recipe, 0
         self.folder = RunFolder(recipe.output.dir)
-        self.check_folder(resume)
+        check_folder(self.folder, recipe, resume=resume)
         self.accelerator = make_accelerator(recipe.train.precision, recipe.output.trackers, self.folder.path)
         self.logbook = Logbook(self.folder, self.accelerator, recipe.output.log_every)
         self.height, self.width = building.picture_size(recipe)
@@ -57,20 +58,6 @@ class Run:
 
     # --- getting ready ----------------------------------------------------------------------------------------------
 
-    def check_folder(self, resume: bool) -> None:
-        """Raises RunError when the folder cannot be begun, or cannot be gone on with."""
-        if not resume:
-            self.folder.check_free()
-            return
-        self.folder.check_resumable()
-        self.folder.check_same(self.recipe)
-        if self.folder.final.exists() and self.folder.latest() is None:
-            raise RunError(
-                f"'{self.folder.path}' is done and has no checkpoint to go on from (output.checkpoint_every is not "
-                f"set); draw with it: sdtune sample {self.folder.path} --prompt TEXT, or begin another run with "
-                "output.dir=FOLDER"
-            )
-
     @property
     def samples(self) -> int:
         """Samples of an optimizer step, on all processes."""
@@ -84,9 +71,11 @@ class Run:
 
     def class_source(self, settings: DataSource) -> Source:
         """Class pictures, which the base draws where they are missing. (A new adapter changes nothing as yet.)"""
+        from sdtune.class_pictures import draw_class_pictures
+
         if distributed.is_main():
             with self.accelerator.autocast():
-                building.draw_class_pictures(self.recipe, settings, self.family)
+                draw_class_pictures(self.recipe, settings, self.family)
         distributed.barrier()
         return building.make_source(settings)
 

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from sdtune import distributed
 from sdtune.checkpoint import all_checkpoints, write_text, written_aside
-from sdtune.config import Recipe, changes, parse
-from sdtune.config.messages import show
 from sdtune.errors import RunError
 
 if TYPE_CHECKING:
@@ -60,23 +58,6 @@ class RunFolder:
         if not (self.path / "run.yaml").is_file():
             what = "is not the folder of a run (it has no run.yaml)" if self.path.exists() else "does not exist"
             raise RunError(f"'{self.path}' {what}, so there is nothing to resume; start the run without --resume")
-
-    def check_same(self, recipe: Recipe) -> None:
-        """Raises RunError when the run was begun with settings that lead elsewhere."""
-        file = self.path / "run.yaml"
-        try:
-            begun = parse(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as fault:
-            raise RunError(
-                f"'{file}' cannot be read ({' '.join(str(fault).split())}), so it is not known how the run was begun; "
-                "put the file back, or choose another place with output.dir=FOLDER"
-            ) from fault
-        told = [f"{key} was {show(was)} and is {show(now)}" for key, was, now in changes(begun, recipe)]
-        if told:
-            raise RunError(
-                f"'{self.path}' was begun with other settings: {'; '.join(told)}. Go on with its own: sdtune train "
-                f"{file} --resume, or begin another run with output.dir=FOLDER"
-            )
 
     def start(self, recipe_yaml: str, step: int = 0) -> None:
         """Make the folder, or take it back to `step`. Raises RunError, and leaves no new folder, if it cannot."""

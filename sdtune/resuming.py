@@ -1,0 +1,42 @@
+"""Whether a run folder can be begun, or gone on with by a recipe."""
+
+from sdtune.config import Recipe, changes, parse
+from sdtune.config.messages import show
+from sdtune.errors import RunError
+from sdtune.run_folder import RunFolder
+
+
+def check_folder(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
+    """A new run finds its folder free, one that goes on finds itself there, with settings that lead the same way.
+
+    Raises:
+        RunError: it does not.
+    """
+    if not resume:
+        folder.check_free()
+        return
+    folder.check_resumable()
+    check_same(folder, recipe)
+    if folder.final.exists() and folder.latest() is None:
+        raise RunError(
+            f"'{folder.path}' is done and has no checkpoint to go on from (output.checkpoint_every is not set); draw "
+            f"with it: sdtune sample {folder.path} --prompt TEXT, or begin another run with output.dir=FOLDER"
+        )
+
+
+def check_same(folder: RunFolder, recipe: Recipe) -> None:
+    """Raises RunError when the run was begun with settings that lead elsewhere."""
+    file = folder.path / "run.yaml"
+    try:
+        begun = parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise RunError(
+            f"'{file}' cannot be read ({' '.join(str(fault).split())}), so it is not known how the run was begun; put "
+            "the file back, or choose another place with output.dir=FOLDER"
+        ) from fault
+    told = [f"{key} was {show(was)} and is {show(now)}" for key, was, now in changes(begun, recipe)]
+    if told:
+        raise RunError(
+            f"'{folder.path}' was begun with other settings: {'; '.join(told)}. Go on with its own: sdtune train "
+            f"{file} --resume, or begin another run with output.dir=FOLDER"
+        )
