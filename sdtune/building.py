@@ -138,8 +138,8 @@ def make_task(recipe: Recipe, family: Family) -> Task:
     return DenoisingTask(family, snr_gamma=recipe.objective.snr_gamma, cache=recipe.train.cache)
 
 
-def make_source(settings: DataSource) -> Source:
-    """Find the pictures of one entry of `data`."""
+def make_source(recipe: Recipe, settings: DataSource) -> Source:
+    """Find the pictures of one entry of the recipe's `data`."""
     return load_source(
         path=resolve_asset(settings.path) if settings.path else None,
         hub=settings.hub,
@@ -150,6 +150,7 @@ def make_source(settings: DataSource) -> Source:
         role=settings.role,
         repeats=settings.repeats,
         weight=settings.weight,
+        key=f"data.{recipe.data.index(settings)}",
     )
 
 

@@ -42,7 +42,7 @@ class Run:
         self.accelerator = make_accelerator(recipe.train.precision, recipe.output.trackers, self.folder.path)
         self.logbook = Logbook(self.folder, self.accelerator, recipe.output.log_every)
         self.height, self.width = building.picture_size(recipe)
-        sources = [building.make_source(settings) for settings in recipe.data if not settings.generate]
+        sources = [building.make_source(recipe, settings) for settings in recipe.data if not settings.generate]
         self.family = building.make_family(recipe)
         building.check_size(self.family, self.height, self.width)
         self.make_learning()
@@ -77,7 +77,7 @@ class Run:
             with self.accelerator.autocast():
                 draw_class_pictures(self.recipe, settings, self.family)
         distributed.barrier()
-        return building.make_source(settings)
+        return building.make_source(self.recipe, settings)
 
     def make_data(self, sources: list[Source]) -> None:
         """The training set and the held-out batches."""

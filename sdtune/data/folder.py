@@ -21,7 +21,9 @@ METADATA_FILES = (METADATA, "metadata.csv", "metadata.parquet")
 SPLITS = {"train", "training", "test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"}
 
 
-def folder_pictures(folder: Path, split: str, image_column: str, text_column: str, prompt: str | None) -> list[Picture]:
+def folder_pictures(
+    folder: Path, split: str, image_column: str, text_column: str, prompt: str | None, key: str
+) -> list[Picture]:
     """The pictures of a folder, those of the metadata first and in its order.
 
     With a prompt, pictures that no row names count too; without one each picture needs a row with a caption.
@@ -29,21 +31,21 @@ def folder_pictures(folder: Path, split: str, image_column: str, text_column: st
     Raises:
         DataError: as `load_source`.
     """
-    folder = _split_folder(folder, split)
+    folder = _split_folder(folder, split, key)
     files = list_files(folder)
     metadata = [file for file in files if os.path.basename(file) in METADATA_FILES]
     pictures = [file for file in files if is_picture(file)]
     if not pictures and not metadata:
         raise DataError(
             f"{folder} holds no pictures; expected files such as .jpg, .png or .webp. Put some in, or give another "
-            "folder with: data.0.path=FOLDER"
+            f"folder with: {key}.path=FOLDER"
         )
     if not metadata:
         if prompt is None:
-            raise DataError(_no_captions(folder, f"{folder} has no {METADATA}, so its pictures have no captions"))
+            raise DataError(_no_captions(folder, f"{folder} has no {METADATA}, so its pictures have no captions", key))
         return [_picture(folder, name, (prompt,), 1.0) for name in pictures]
 
-    table = _Rows(folder, metadata, image_column, text_column if prompt is None else None)
+    table = _Rows(folder, metadata, image_column, text_column if prompt is None else None, key)
     _refuse_missing(folder, table.captions, set(files))
     unlisted = [name for name in pictures if name not in table.captions and name not in table.other_files]
     if prompt is not None:
@@ -51,7 +53,7 @@ def folder_pictures(folder: Path, split: str, image_column: str, text_column: st
         return [_picture(folder, name, (prompt,), table.weights.get(name, 1.0)) for name in names]
     without = [name for name, captions in table.captions.items() if not captions] + unlisted
     if without:
-        raise DataError(_no_captions(folder, f"{folder}: {_some(without)} without caption"))
+        raise DataError(_no_captions(folder, f"{folder}: {_some(without)} without caption", key))
     return [
         _picture(folder, name, tuple(captions), table.weights.get(name, 1.0))
         for name, captions in table.captions.items()
@@ -67,14 +69,14 @@ class _Rows:
         other_files: names of masks and other files that rows mention beside the picture.
     """
 
-    def __init__(self, folder: Path, files: list[str], image_column: str, text_column: str | None) -> None:
+    def __init__(self, folder: Path, files: list[str], image_column: str, text_column: str | None, key: str) -> None:
         self.captions: dict[str, list[str]] = {}
         self.weights: dict[str, float] = {}
         self.other_files: set[str] = set()
         columns, image_columns = _read_columns(folder, files)
         for column in [image_column, *([text_column] if text_column is not None else [])]:
             if column not in columns:
-                raise DataError(_no_column(folder / files[0], column, text_column, list(columns)))
+                raise DataError(_no_column(folder / files[0], column, text_column, list(columns), key))
         for column in image_columns - {image_column}:
             self.other_files.update(name for name in _names(folder, columns[column]) if name is not None)
         none = [None] * len(columns[image_column])
@@ -165,22 +167,28 @@ def _picture(folder: Path, name: str, captions: tuple[str, ...], weight: float) 
     return Picture(name, captions, weight, partial(str, path), origin=os.path.abspath(folder))
 
 
-def _split_folder(folder: Path, split: str) -> Path:
+def _split_folder(folder: Path, split: str, key: str) -> Path:
     """The folder itself, or its sub-folder for `split` where it is laid out as train/, test/ ..."""
     if not folder.exists():
         raise DataError(f"{folder} does not exist; make it with: sdtune caption PHOTOS --out {folder}")
     if not folder.is_dir():
-        raise DataError(f"{folder} is a file; expected a folder of pictures. Give it with: data.0.path=FOLDER")
+        raise DataError(f"{folder} is a file; expected a folder of pictures. Give it with: {key}.path=FOLDER")
+    splits = splits_of(folder)
+    if split in splits:
+        return folder / split
+    if split != "train":
+        raise DataError(f"{folder} has no split {split!r}; it has: {', '.join(splits) or 'none, only train'}.")
+    return folder
+
+
+def splits_of(folder: Path) -> list[str]:
+    """Names of the splits of a folder that is laid out as train/, test/ ... and nothing else; else none."""
     with os.scandir(folder) as entries:
         inner = [
             entry for entry in entries if not entry.name.startswith(".") and (entry.is_dir() or _counts(entry.name))
         ]
     splits = sorted(entry.name for entry in inner if entry.is_dir() and entry.name in SPLITS)
-    if split in splits and len(splits) == len(inner):
-        return folder / split
-    if split != "train":
-        raise DataError(f"{folder} has no split {split!r}; it has: {', '.join(splits) or 'none, only train'}.")
-    return folder
+    return splits if len(splits) == len(inner) else []
 
 
 def _counts(name: str) -> bool:
@@ -204,17 +212,17 @@ def _some(names: list[str]) -> str:
     return f"{len(names)} pictures, {', '.join(names[:5])}{more}, are"
 
 
-def _no_captions(folder: Path, what: str) -> str:
+def _no_captions(folder: Path, what: str, key: str) -> str:
     return (
         f"{what}; write a row for each into {folder / METADATA}, let them be written with: sdtune caption {folder} "
-        f"--out {folder}-captioned, or give all pictures one caption with: data.0.prompt='a photo of sks dog'"
+        f"--out {folder}-captioned, or give all pictures one caption with: {key}.prompt='a photo of sks dog'"
     )
 
 
-def _no_column(file: Path, column: str, text_column: str | None, known: list[str]) -> str:
+def _no_column(file: Path, column: str, text_column: str | None, known: list[str], key: str) -> str:
     others = [name for name in known if name != "image"]
     which = "text_column" if column == text_column else "image_column"
     return (
         f"{file} has no key {column!r}; it has: {', '.join(others) or 'only file_name'}. Name the right one with: "
-        f"data.0.{which}=KEY" + (", or give all pictures one caption with: data.0.prompt=..." if text_column else "")
+        f"{key}.{which}=KEY" + (f", or give all pictures one caption with: {key}.prompt=..." if text_column else "")
     )

@@ -10,7 +10,9 @@ from sdtune.errors import DataError, HubError
 from sdtune.hub_access import hub_fault
 
 
-def hub_pictures(hub: str, split: str, image_column: str, text_column: str, prompt: str | None) -> list[Picture]:
+def hub_pictures(
+    hub: str, split: str, image_column: str, text_column: str, prompt: str | None, key: str
+) -> list[Picture]:
     """One picture a row; a cell with a list of texts holds several captions.
 
     Raises:
@@ -19,14 +21,14 @@ def hub_pictures(hub: str, split: str, image_column: str, text_column: str, prom
     """
     import datasets
 
-    table = _load(hub, split)
+    table = _load(hub, split, key)
     wanted = [image_column] if prompt is not None else [image_column, text_column]
     for column in wanted:
         if column not in table.column_names:
             which = "image_column" if column == image_column else "text_column"
             raise DataError(
                 f"{hub} ({split}) has no column {column!r}; it has: {', '.join(table.column_names)}. Name the right "
-                f"one with: data.0.{which}=COLUMN"
+                f"one with: {key}.{which}=COLUMN"
             )
     try:
         images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
@@ -40,7 +42,7 @@ def hub_pictures(hub: str, split: str, image_column: str, text_column: str, prom
         if without:
             raise DataError(
                 f"{hub} ({split}): {len(without)} rows have no caption in {text_column!r}, the first is row "
-                f"{without[0]}; give all pictures one caption with: data.0.prompt=..., or choose another column."
+                f"{without[0]}; give all pictures one caption with: {key}.prompt=..., or choose another column."
             )
     origin = f"{hub}:{split}"
     return [
@@ -49,11 +51,11 @@ def hub_pictures(hub: str, split: str, image_column: str, text_column: str, prom
     ]
 
 
-def _load(hub: str, split: str) -> Any:
+def _load(hub: str, split: str, key: str) -> Any:
     import datasets
 
     if not Path(hub).exists() and hub_fault(hub, "dataset"):
-        raise _no_network(hub)
+        raise _no_network(hub, key)
     try:
         return datasets.load_dataset(hub, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -62,16 +64,16 @@ def _load(hub: str, split: str) -> Any:
             "datasets, and log in with: hf auth login"
         ) from error
     except ConnectionError as error:
-        raise _no_network(hub) from error
+        raise _no_network(hub, key) from error
     except Exception as error:  # datasets passes on whatever its readers raise
         what = " ".join(str(error).split())
         raise DataError(f"the data set {hub!r} ({split}) cannot be loaded: {what}") from error
 
 
-def _no_network(hub: str) -> HubError:
+def _no_network(hub: str, key: str) -> HubError:
     return HubError(
         f"the data set {hub!r} is not in the cache and the Hub cannot be reached; check the network, or give a local "
-        "folder with: data.0.hub=null data.0.path=FOLDER"
+        f"folder with: {key}.hub=null {key}.path=FOLDER"
     )
 
 

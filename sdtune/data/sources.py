@@ -43,14 +43,12 @@ class Source:
         role: "instance" (learnt), "class" (prior preservation, drawn beside the instances) or "validation" (held out).
         repeats: how often each picture comes in an epoch.
         weight: weight of their loss, times that of the picture.
-        prompt: caption of every picture, if one was given.
     """
 
     pictures: tuple[Picture, ...]
     role: Role = "instance"
     repeats: int = 1
     weight: float = 1.0
-    prompt: str | None = None
 
 
 def load_source(
@@ -64,6 +62,7 @@ def load_source(
     role: Role = "instance",
     repeats: int = 1,
     weight: float = 1.0,
+    key: str = "data.0",
 ) -> Source:
     """Finds the pictures of one entry of a recipe's `data` and their captions.
 
@@ -74,6 +73,7 @@ def load_source(
         image_column, text_column: where pictures and captions are.
         prompt: caption of every picture; captions of its own are then not needed, nor used.
         role, repeats, weight: kept in the Source.
+        key: where the entry stands in the recipe, for the commands that faults name.
 
     Raises:
         DataError: no such folder, no pictures, a row without picture, a picture without caption, no such column.
@@ -84,9 +84,9 @@ def load_source(
     if path is not None:
         from sdtune.data.folder import folder_pictures
 
-        pictures = folder_pictures(Path(path), split, image_column, text_column, prompt)
+        pictures = folder_pictures(Path(path), split, image_column, text_column, prompt, key)
     else:
         from sdtune.data.hub import hub_pictures
 
-        pictures = hub_pictures(str(hub), split, image_column, text_column, prompt)
-    return Source(tuple(pictures), role, repeats, weight, prompt)
+        pictures = hub_pictures(str(hub), split, image_column, text_column, prompt, key)
+    return Source(tuple(pictures), role, repeats, weight)

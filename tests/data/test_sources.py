@@ -29,7 +29,7 @@ def test_rows_are_captions_and_order_is_that_of_the_file(make_folder):
     source = load_source(path=folder, role="class", repeats=3, weight=0.5)
     assert captions(source) == {"b.png": ("two", "deux"), "a.png": ("one",), "deep/er/c.JPG": ("three",)}
     assert names(source) == ["b.png", "a.png", "deep/er/c.JPG"]
-    assert (source.role, source.repeats, source.weight, source.prompt) == ("class", 3, 0.5, None)
+    assert (source.role, source.repeats, source.weight) == ("class", 3, 0.5)
     assert open_rgb(source.pictures[2].read()).size == (12, 8)
     assert {picture.weight for picture in source.pictures} == {1.0}
 
@@ -63,7 +63,6 @@ def test_a_prompt_is_the_caption_of_every_picture(make_folder):
     plain = make_folder("plain", {"b.png": [], "a/a.png": []})
     source = load_source(path=plain, prompt="a sks dog")
     assert captions(source) == {"a/a.png": ("a sks dog",), "b.png": ("a sks dog",)}
-    assert source.prompt == "a sks dog"
     listed = make_folder("listed", {"a.png": ["one", "two"], "b.png": []})
     assert captions(load_source(path=listed, prompt="x")) == {"a.png": ("x",), "b.png": ("x",)}
     other_key = make_folder("key", {"a.png": []}, rows=[{"file_name": "a.png", "caption": "one"}])
@@ -302,3 +301,26 @@ def test_real_photographs(shared_data):
         source = load_source(path=folder, prompt="a photo of sks thing")
         assert 4 <= len(source.pictures) <= 6
         assert all(min(open_rgb(picture.read()).size) >= 256 for picture in source.pictures)
+
+
+def test_faults_name_the_entry_of_the_recipe(make_folder, tmp_path, hub_set, monkeypatch):
+    import huggingface_hub
+
+    def says(**settings) -> str:
+        with pytest.raises((DataError, HubError)) as fault:
+            load_source(key="data.2", **settings)
+        assert "data.0" not in str(fault.value)
+        return str(fault.value)
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    assert "data.2.path=FOLDER" in says(path=tmp_path / "empty")
+    assert "data.2.path=FOLDER" in says(path=tmp_path / "file")
+    assert "data.2.prompt='" in says(path=make_folder("plain", {"a.png": []}))
+    assert "data.2.prompt='" in says(path=make_folder("photos", {"a.png": ["one"], "b.png": []}))
+    fault = says(path=make_folder("key", {"a.png": []}, rows=[{"file_name": "a.png", "caption": "x"}]))
+    assert "data.2.text_column=KEY" in fault and "data.2.prompt=" in fault
+    assert "data.2.image_column=COLUMN" in says(hub=hub_set)
+    assert "data.2.prompt=" in says(hub=hub_set, image_column="picture", text_column="many")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "data.2.hub=null data.2.path=FOLDER" in says(hub="nobody/nothing-here")
