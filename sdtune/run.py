@@ -13,6 +13,7 @@ from torch import nn
 from sdtune import building, checkpoint, distributed
 from sdtune.config import DataSource, Recipe, dump, load
 from sdtune.data.batches import batches
+from sdtune.data.broken import refuse_broken
 from sdtune.data.dataset import held_out
 from sdtune.data.sources import Source
 from sdtune.errors import DataError, RunError
@@ -43,6 +44,7 @@ class Run:
         self.logbook = Logbook(self.folder, self.accelerator, recipe.output.log_every)
         self.height, self.width = building.picture_size(recipe)
         sources = [building.make_source(recipe, settings) for settings in recipe.data if not settings.generate]
+        refuse_broken(sources)
         self.family = building.make_family(recipe)
         building.check_size(self.family, self.height, self.width)
         self.make_learning()
@@ -175,6 +177,7 @@ class Run:
         local = batches(
             self.training,
             start=self.step,
+            stop=recipe.train.steps,
             batch_size=recipe.train.batch_size,
             accumulate=recipe.train.accumulate,
             rank=distributed.rank(),
