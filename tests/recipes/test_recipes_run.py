@@ -1,0 +1,112 @@
+"""Every shipped recipe is run, for two small steps; small random models stand where it names a large one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdtune.config import DataSource, Recipe, load, resolve_asset
+from sdtune.opening import open_model
+from sdtune.run import Run
+from tests.factories import losses, make_photos, make_sd, make_sdxl, make_tokenizer
+
+ROOT = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(ROOT.rglob("*.yaml"))
+SMALL = {
+    "images.resolution": 64,
+    "optimizer.warmup": 0,
+    "train.steps": 2,
+    "train.batch_size": 1,
+    "train.accumulate": 1,
+    "train.precision": "fp32",
+    "output.dir": "run",
+}
+
+
+def make_base(folder: Path, recipe: Recipe) -> Path:
+    """A small random model of the recipe's family, with files of the variant that it asks for."""
+    from diffusers import DiffusionPipeline
+
+    if not folder.exists():
+        (make_sdxl if recipe.model.family == "sdxl" else make_sd)(folder)
+        if recipe.model.variant:
+            pipeline = DiffusionPipeline.from_pretrained(folder)
+            for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+                for file in (folder / part).glob("*.safetensors"):
+                    file.unlink()
+            pipeline.save_pretrained(folder, variant=recipe.model.variant)
+    return folder
+
+
+def make_part(folder: Path, part: str) -> None:
+    """What a part of `from_config` names by its place: the tokenizer, or the VAE of the recipe before."""
+    from diffusers import AutoencoderKL
+
+    if part == "vae":
+        trained = load(ROOT / "pretrain_tiny_vae.yaml").model.from_config
+        assert trained is not None and isinstance(trained["vae"], dict)
+        AutoencoderKL(**trained["vae"]).save_pretrained(folder)
+    else:
+        make_tokenizer().save_pretrained(folder)
+
+
+def make_source(source: DataSource) -> None:
+    """A folder of pictures where the recipe's own is not here. (Class pictures are for the base to draw.)"""
+    assert source.path is not None
+    if not source.generate and not any(Path(resolve_asset(source.path)).glob("*.png")):
+        make_photos(Path(source.path), 3)
+
+
+def small(path: Path) -> Recipe:
+    """A recipe with all that it names put in the current folder, cut down to two steps of one picture."""
+    recipe, changes = load(path), dict[str, Any](SMALL)
+    if recipe.model.base and not Path(resolve_asset(recipe.model.base)).exists():
+        changes["model.base"] = make_base(Path("base"), recipe)
+    for part, value in (recipe.model.from_config or {}).items():
+        if isinstance(value, str):
+            make_part(Path(value), part)
+    for number, source in enumerate(recipe.data):
+        make_source(source)
+        if source.generate:
+            changes |= {f"data.{number}.generate": 2, f"data.{number}.drawing.steps": 2}
+    if recipe.validation.samples:
+        changes |= {"validate.samples.prompts": "[a dog]", "validate.samples.steps": 2}
+    return load(path, [f"{key}={value}" for key, value in changes.items()])
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 8
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_it_runs(path: Path, workplace: Path) -> None:
+    run = Run(small(path))
+    before = {name: tensor.detach().clone() for name, tensor in run.parameters.items()}
+    run.complete()
+    assert len(losses(run.folder.path)) == 2 and torch.tensor(losses(run.folder.path)).isfinite().all()
+    still = [name for name, tensor in run.parameters.items() if torch.equal(tensor, before[name])]
+    assert not still, f"{len(still)} of {len(before)} did not learn"
+    if run.recipe.validation.samples:
+        assert len(list((run.folder.path / "samples").rglob("*.png"))) == 2  # before and after
+    with run.averaged():
+        assert_opens(run)
+
+
+@torch.no_grad()
+def assert_opens(run: Run) -> None:
+    """What was written computes what the run's own networks do."""
+    from diffusers import AutoencoderKL
+
+    if run.recipe.task == "autoencoding":
+        saved, own = AutoencoderKL.from_pretrained(run.folder.final).state_dict(), run.family.modules["vae"]
+        assert all(torch.equal(saved.pop(key), tensor) for key, tensor in own.state_dict().items()) and not saved
+        return
+    opened, answers = open_model(str(run.folder.path), device=torch.device("cpu")), []
+    x_t = torch.randn(1, *run.family.latent_shape(64, 64))
+    for family in (run.family, opened):
+        for network in family.modules.values():
+            network.eval()
+        conditioning = family.with_sizes(family.encode_text(["a dog"]), [(64, 64, 0, 0, 64, 64)])
+        answers.append(family.predict(x_t, torch.tensor([500]), conditioning))
+    torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-4)
