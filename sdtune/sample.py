@@ -55,7 +55,11 @@ def draw_pictures(
         negative_prompt: what guidance leads away from.
         batch_size: pictures at a time; None chooses by their size.
         progress: show a bar on stderr.
+
+    Raises:
+        UsageError: the model is one for inpainting.
     """
+    family.require_text_to_image()
     pipeline: Any = family.pipeline()
     pipeline.set_progress_bar_config(disable=not progress)
     network = family.modules[family.denoiser]

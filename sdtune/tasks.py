@@ -79,9 +79,13 @@ class DenoisingTask:
         family: the model.
         snr_gamma: Min-SNR clamp, or None.
         cache: keep the latents of pictures, and the embeddings of captions when no text encoder learns, in memory.
+
+    Raises:
+        UsageError: the model is one for inpainting.
     """
 
     def __init__(self, family: Family, *, snr_gamma: float | None = None, cache: bool = True) -> None:
+        family.require_text_to_image()
         self.family, self.snr_gamma = family, snr_gamma
         self.modules = family.modules
         self.schedule = family.schedule

@@ -64,6 +64,10 @@ class Family(Protocol):
         """Height and width, in pixels, of the pictures that the model was made for."""
         ...
 
+    def require_text_to_image(self) -> None:
+        """Raises UsageError when the denoiser wants more than noisy latents and a caption, as for inpainting."""
+        ...
+
     def unread(self, name: str) -> tuple[str, ...]:
         """Parts of parameter names of a network that `predict` and `encode_text` never come by: they cannot learn."""
         ...

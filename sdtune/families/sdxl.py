@@ -11,7 +11,7 @@ from sdtune.families.base import Conditioning
 from sdtune.families.stable_diffusion import StableDiffusion, last_layers
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -22,7 +22,7 @@ class StableDiffusionXL(StableDiffusion):
 
     text_encoders = ("text_encoder", "text_encoder_2")
     parts = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-    pipeline_names = ("StableDiffusionXLPipeline",)
+    pipeline_names = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
 
     zero_empty = True  # whether an empty prompt is all zeros: `force_zeros_for_empty_prompt` of model_index.json
 
@@ -96,11 +96,9 @@ class StableDiffusionXL(StableDiffusion):
             x_t, t, encoder_hidden_states=conditioning.text, added_cond_kwargs=added, return_dict=False
         )[0]
 
-    def pipeline(self) -> "StableDiffusionXLPipeline":  # type: ignore[override]
+    def pipeline(self) -> "DiffusionPipeline":
         """A diffusers pipeline over these networks."""
-        from diffusers import StableDiffusionXLPipeline
-
-        return StableDiffusionXLPipeline(
+        return self.pipeline_class()(
             **self.modules,
             **self.tokenizers,
             scheduler=self.sampler(),

@@ -23,7 +23,7 @@ from sdtune.families.loading import (
 from sdtune.families.saving import save_network
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
 # What a model from scratch samples with; the noise schedule of the recipe is added to it.
 SAMPLER = {
@@ -49,7 +49,7 @@ class StableDiffusion:
     denoiser = "unet"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     parts: tuple[str, ...] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    pipeline_names: tuple[str, ...] = ("StableDiffusionPipeline",)
+    pipeline_names: tuple[str, ...] = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 
     def __init__(
         self,
@@ -179,15 +179,31 @@ class StableDiffusion:
                 f"the UNet reads text of width {unet.cross_attention_dim}, the text encoder gives "
                 f"{self.text_width(text)}; take both from the same model"
             )
-        if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        if unet.out_channels != vae.latent_channels or not (self.inpaints or unet.in_channels == unet.out_channels):
             raise WeightsError(
                 f"the UNet takes {unet.in_channels} channels and answers {unet.out_channels}, the VAE makes latents of "
-                f"{vae.latent_channels}; expected the same number three times (a UNet that takes 9 is for inpainting)"
+                f"{vae.latent_channels}; expected the same number three times (or, for inpainting, a UNet that takes "
+                f"{masked_channels(vae.latent_channels)})"
             )
 
     def text_width(self, text: Any) -> int:
         """Width of the token embeddings that the UNet is given."""
         return text.hidden_size
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet is given a mask and the masked picture beside the noisy latents."""
+        return self.modules["unet"].config.in_channels == masked_channels(self.modules["vae"].config.latent_channels)
+
+    def require_text_to_image(self) -> None:
+        """See `Family.require_text_to_image`."""
+        if self.inpaints:
+            config = self.modules["unet"].config
+            raise UsageError(
+                f"this is an inpainting model: its UNet takes {config.in_channels} channels (noisy latents, a mask and "
+                "the masked picture), and sdtune has no masks to give it yet. Take a base whose UNet takes "
+                f"{config.out_channels}, such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+            )
 
     # --- what the loop asks -----------------------------------------------------------------------------------------
 
@@ -272,11 +288,9 @@ class StableDiffusion:
 
     # --- handing it on ----------------------------------------------------------------------------------------------
 
-    def pipeline(self) -> "StableDiffusionPipeline":
+    def pipeline(self) -> "DiffusionPipeline":
         """A diffusers pipeline over these networks."""
-        from diffusers import StableDiffusionPipeline
-
-        return StableDiffusionPipeline(
+        return self.pipeline_class()(
             **self.modules,
             tokenizer=self.tokenizers["tokenizer"],
             scheduler=self.sampler(),
@@ -284,6 +298,12 @@ class StableDiffusion:
             feature_extractor=None,
             requires_safety_checker=False,
         )
+
+    def pipeline_class(self) -> Any:
+        """The one of `pipeline_names` that the UNet is for: text to image, or inpainting."""
+        import diffusers
+
+        return getattr(diffusers, self.pipeline_names[int(self.inpaints)])
 
     def sampler(self) -> Any:
         """The scheduler that the model's folder names."""
@@ -307,6 +327,11 @@ class StableDiffusion:
         self.sampler().save_pretrained(folder / "scheduler")
         pipeline: Any = self.pipeline()
         pipeline.save_config(folder)  # model_index.json
+
+
+def masked_channels(latent_channels: int) -> int:
+    """What an inpainting UNet takes: noisy latents, a mask of one channel, the latents of the masked picture."""
+    return 2 * latent_channels + 1
 
 
 def last_layers(text_encoder: Any, count: int) -> tuple[str, ...]:

@@ -188,9 +188,58 @@ def test_parts_that_do_not_fit_together_are_refused(sd: Path, sdxl: Path, tmp_pa
     wide = make_sd(tmp_path / "wide", cross_attention_dim=48)
     with pytest.raises(WeightsError, match="reads text of width 48, the text encoder gives 32"):
         open_one("stable-diffusion", wide)
-    inpainting = make_sd(tmp_path / "inpainting", in_channels=9)
-    with pytest.raises(WeightsError, match="takes 9 channels and answers 4.*inpainting"):
-        open_one("stable-diffusion", inpainting)
+    editing = make_sd(tmp_path / "editing", in_channels=8)
+    with pytest.raises(WeightsError, match=r"takes 8 channels and answers 4.*for inpainting, a UNet that takes 9\)"):
+        open_one("stable-diffusion", editing)
+
+
+@pytest.fixture(scope="module")
+def inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Stable Diffusion for inpainting, as the Hub has them."""
+    folder = make_sd(tmp_path_factory.mktemp("models") / "inpainting", in_channels=9)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionInpaintPipeline"}))
+    return folder
+
+
+def test_inpainting_bases_are_opened_and_saved_as_what_they_are(inpainting: Path, sd: Path, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    family = open_one("stable-diffusion", inpainting)
+    assert family.inpaints and not open_one("stable-diffusion", sd).inpaints
+    family.save(tmp_path / "saved")
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert type(stock).__name__ == "StableDiffusionInpaintPipeline" and stock.unet.config.in_channels == 9
+    assert stock.safety_checker is None
+    own = family.modules["unet"].state_dict()
+    assert all(torch.equal(tensor, own[key]) for key, tensor in stock.unet.state_dict().items())
+    open_one("stable-diffusion", tmp_path / "saved")
+
+
+def test_a_plain_model_under_the_inpainting_pipeline_is_plain(sd: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    shutil.copytree(sd, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionInpaintPipeline"}))
+    family = open_one("stable-diffusion", folder)
+    family.require_text_to_image()
+    assert type(family.pipeline()).__name__ == "StableDiffusionPipeline"
+
+
+def test_inpainting_bases_do_not_train_or_draw_without_masks(inpainting: Path, photos: Path, tmp_path: Path) -> None:
+    from sdtune import sample
+
+    message = "is an inpainting model: its UNet takes 9 channels .* Take a base whose UNet takes 4"
+    with pytest.raises(UsageError, match=message):
+        Run(make_recipe(inpainting, photos, tmp_path / "run"))
+    with pytest.raises(UsageError, match=message):
+        sample.command(str(inpainting), ["a dog"], out=tmp_path / "pictures")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "pictures").exists()
+
+
+def test_the_vae_of_an_inpainting_base_trains(inpainting: Path) -> None:
+    model = ModelSettings(base=str(inpainting))
+    assert list(building.open_family(model, parts=["vae"]).modules) == ["vae"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
