@@ -1,4 +1,7 @@
-"""Is the Hub there? Asked once before a download, for the libraries try for half a minute and fill the screen."""
+"""What is a hub id, and is the Hub there?
+
+Asked once before a download, for the libraries try for half a minute and fill the screen.
+"""
 
 import socket
 from functools import lru_cache
@@ -7,6 +10,12 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 PATIENCE = 5.0  # seconds
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name that is no path on this machine has the form user/name."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and "\\" not in name
 
 
 def hub_fault(repo: str, kind: str = "model") -> str:

@@ -111,6 +111,7 @@ def test_the_message_reads_as_in_the_style_page(bare: Path) -> None:
         ("images.resolution=[64]", "images.resolution", "got [64], expected a multiple of 8, or [height, width]"),
         ("validate.every=5", "validate.every", "there is nothing to measure"),
         ("validate.samples={}", "validate.samples.prompts", "missing; expected a list of texts (at least 1)"),
+        ("validate.samples={prompts: [a], steps: 1001}", "validate.samples.steps", "got 1001, expected a whole number"),
         ("optimizer.text_encoder_lr=1e-5", "optimizer.text_encoder_lr", "set adapter.text_encoder=true"),
         ("output.trackers=[mlflow]", "output.trackers", "mlflow is not installed; install it with: pip install mlflow"),
         ("output.trackers=[paper]", "output.trackers.0", "got 'paper', expected one of tensorboard, wandb"),
@@ -137,6 +138,27 @@ def test_from_scratch_needs_every_part(bare: Path) -> None:
     assert found["model.from_config.vea"] == "unknown key; did you mean 'vae'?"
     assert "does not exist" in found["model.from_config.tokenizer"]
     assert {f"model.from_config.{part}" for part in ("vae", "text_encoder", "scheduler")} <= set(found)
+
+
+def test_samples_are_drawn_in_no_more_steps_than_the_noise_schedule_has(bare: Path) -> None:
+    scratch = ["model.base=null", "model.from_config={scheduler: {num_train_timesteps: 20}}"]
+    found = faults(bare, *scratch, "validate.samples={prompts: [a], steps: 21}")
+    assert found["validate.samples.steps"].startswith("got 21, expected at most 20: the noise schedule")
+    assert "validate.samples.steps" not in faults(bare, *scratch, "validate.samples={prompts: [a], steps: 20}")
+
+
+def test_a_section_that_is_null_is_as_if_it_were_not_there(bare: Path, workplace: Path) -> None:
+    plain, drawn = load(bare), {"every": 5, "fraction": 0.2, "samples": {"prompts": ["a"]}}
+    sections = ("adapter", "objective", "reconstruction", "images", "validate")
+    assert load(bare, [f"{name}=null" for name in sections]) == plain
+    assert load(write(workplace, BARE | dict.fromkeys(sections))) == plain
+    mine = write(workplace, BARE | {"validate": drawn})
+    assert load(mine, ["validate=null"]) == plain
+    assert load(mine, ["validate=null", "validate.fraction=0.5"]).validation.fraction == 0.5
+    undrawn = load(mine, ["validate.samples=null"])
+    assert undrawn.validation.samples is None and undrawn.validation.every == 5
+    assert load(write(workplace, BARE | {"validate": drawn | {"samples": None}})) == undrawn
+    assert faults(write(workplace, BARE | {"train": None}))["train"] == "got nothing, expected a section of settings"
 
 
 def test_fp16_needs_a_gpu(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +235,8 @@ def test_names_and_paths(workplace: Path) -> None:
         load("recipes/lora_tiny.yaml")
     with pytest.raises(UsageError, match="is a folder"):
         load("photos")
+    with pytest.raises(UsageError, match=r"no recipe 'nosuch'; known here: .*lora_tiny.*[a-z]\. Give one of these"):
+        load("nosuch")
 
 
 def test_assets_have_names() -> None:

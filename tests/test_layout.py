@@ -10,11 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-ANYWHERE = ("sdtune", "sdtune.errors", "sdtune.config", "sdtune.distributed")
+ANYWHERE = ("sdtune", "sdtune.errors", "sdtune.config", "sdtune.distributed", "sdtune.hub_access")
 # From the bottom up. A module imports from its own level and those below; what is not listed is a command's work.
 LEVELS = (
     ("models", "diffusion"),
-    ("families", "adapters", "data", "checkpoint", "run_folder", "hub_access"),
+    ("families", "adapters", "data", "checkpoint", "run_folder"),
     ("tasks",),
     (),
     ("cli", "demo", "__main__"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from sdtune.config.messages import Fault, nearest, show
 from sdtune.config.recipe import TARGET_PRESETS, DataSource, Recipe, Section
 from sdtune.config.shipped import TINY, resolve_asset
+from sdtune.hub_access import looks_like_hub_id
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SDXL_PARTS = ("text_encoder_2", "tokenizer_2")
@@ -26,7 +27,10 @@ LOADING_ONLY = ("model.variant", "model.revision", "model.vae")
 
 def impossible(recipe: Recipe) -> list[Fault]:
     """All faults of settings that are well formed one by one."""
-    checks = (_names, _start, _parts, _paths, _unused, _adapter, _sources, _measurements, _images, _trackers, _machine)
+    checks = (
+        *(_names, _start, _parts, _paths, _unused, _adapter, _sources, _measurements, _schedule),
+        *(_images, _trackers, _machine),
+    )
     return [fault for check in checks for fault in check(recipe)]
 
 
@@ -108,8 +112,7 @@ def could_be_model(name: str) -> bool:
     """Whether a name is the embedded base, a path that exists, a web address or has the form of a hub id."""
     if name == TINY or Path(resolve_asset(name)).exists() or "://" in name:
         return True
-    parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and "\\" not in name
+    return looks_like_hub_id(name)
 
 
 def _adapter(recipe: Recipe) -> Iterator[Fault]:
@@ -166,6 +169,15 @@ def _measurements(recipe: Recipe) -> Iterator[Fault]:
     if validation.every is not None and not held_out and validation.samples is None:
         ways = "validate.fraction, validate.samples.prompts or a source with role: validation"
         yield "validate.every", f"there is nothing to measure; set {ways}"
+
+
+def _schedule(recipe: Recipe) -> Iterator[Fault]:
+    scheduler = (recipe.model.from_config or {}).get("scheduler")
+    length = scheduler.get("num_train_timesteps", 1000) if isinstance(scheduler, dict) else 1000
+    samples = recipe.validation.samples
+    if samples is not None and isinstance(length, int) and samples.steps > length:
+        what = f"got {samples.steps}, expected at most {length}: the noise schedule of model.from_config has no more"
+        yield "validate.samples.steps", what
 
 
 def _images(recipe: Recipe) -> Iterator[Fault]:

@@ -48,7 +48,11 @@ def find_recipe(path: str | Path) -> Path:
         raise UsageError(f"'{path}' is a folder, expected a recipe: a YAML file, or a name of `sdtune recipes ls`")
     stem = Path(path).stem
     hint = f"did you mean the shipped recipe '{stem}'?" if stem in shipped else nearest(stem, list(shipped))
-    raise UsageError(f"there is no recipe '{path}'; {hint} `sdtune recipes ls` lists those that ship with sdtune")
+    stop = "" if hint.endswith("?") else "."
+    raise UsageError(
+        f"there is no recipe '{path}'; {hint}{stop} Give one of these or a YAML file; `sdtune recipes ls` says what "
+        "each does"
+    )
 
 
 def dump(recipe: Recipe) -> str:

@@ -158,7 +158,7 @@ class Samples(Section):
 
     prompts: list[str] = Field(min_length=1, description="One picture each.", examples=[["a photo of a dog"]])
     seed: int = Field(0, ge=0, description="Seed of the first noise.")
-    steps: int = Field(25, ge=1, description="Sampling steps.")
+    steps: int = Field(25, ge=1, le=1000, description="Sampling steps.")
     guidance: float = Field(7.5, ge=0, description="Guidance scale.")
     every: int | None = Field(None, ge=1, description="Steps between them; null: validate.every.")
 
@@ -208,3 +208,12 @@ class Recipe(Section):
     train: TrainSettings = Field(description="How long and how.", examples=[{"steps": 1000}])
     validation: Validation = Field(default_factory=Validation, alias="validate", description="What is measured.")
     output: Output = Field(description="Where the run is written.", examples=[{"dir": "runs/my-run"}])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        """`validate:` with nothing below it, or null, is as if it were not there, as other sections are."""
+        if not isinstance(values, dict):
+            return values
+        optional = {f.alias or name for name, f in cls.model_fields.items() if f.default_factory is not None}
+        return {key: value for key, value in values.items() if value is not None or key not in optional}

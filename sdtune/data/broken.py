@@ -1,6 +1,8 @@
 """Broken pictures, found before a run begins: a run that comes upon one at its last step has lost hours.
 
     broken(source.pictures)         # [("photos/a.jpg", "image file is truncated (12 bytes not processed)")]
+
+`refuse_broken` tells of them in one paragraph; a run calls it before its folder is made.
 """
 
 import os
@@ -8,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from io import BytesIO
 
 from sdtune import distributed
-from sdtune.data.sources import Picture, Source
+from sdtune.data.picture import Picture
+from sdtune.data.sources import Source
 from sdtune.errors import DataError
 
 FEW = 500  # pictures that are decoded whole; of more only the beginning and the end is read

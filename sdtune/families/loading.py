@@ -10,7 +10,7 @@ from torch import nn
 
 from sdtune.diffusion import draws
 from sdtune.errors import HubError, SdtuneError, WeightsError
-from sdtune.hub_access import hub_fault
+from sdtune.hub_access import hub_fault, looks_like_hub_id
 
 
 def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
@@ -42,12 +42,6 @@ def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
             "or 'tiny' for the small model that comes with sdtune"
         )
     return read_json(hub_file(base, "model_index.json", revision))
-
-
-def looks_like_hub_id(name: str) -> bool:
-    """Whether a name that is no path on this machine has the form user/name."""
-    parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and "\\" not in name
 
 
 def hub_file(repo: str, filename: str, revision: str | None = None) -> Path:
