@@ -25,7 +25,7 @@ import imagehash
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from sdtune.data.sources import Picture
+from sdtune.data.picture import Picture
 from sdtune.errors import DataError, SdtuneError
 
 REDUCED = 64  # pixels of the shorter side that the hash is made of, at least

@@ -15,7 +15,8 @@ from torch.utils.data import get_worker_info
 from sdtune.data import images
 from sdtune.data.examples import Example, pixel_key, read_resized
 from sdtune.data.images import Crop
-from sdtune.data.sources import Picture, Source
+from sdtune.data.picture import Picture
+from sdtune.data.sources import Source
 from sdtune.diffusion import draws
 from sdtune.errors import DataError
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sdtune.data import images
-from sdtune.data.sources import Picture
+from sdtune.data.picture import Picture
 
 
 @dataclass(frozen=True)

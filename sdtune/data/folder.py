@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtune.data.metadata import METADATA, is_picture, list_files, read_rows
-from sdtune.data.sources import Picture
+from sdtune.data.picture import Picture
 from sdtune.errors import DataError
 
 METADATA_FILES = (METADATA, "metadata.csv", "metadata.parquet")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtune.data.folder import captions_of
-from sdtune.data.sources import Picture
+from sdtune.data.picture import Picture
 from sdtune.errors import DataError, HubError
 from sdtune.hub_access import hub_fault
 

@@ -7,31 +7,15 @@
 Nothing is decoded here: a picture is its name, its captions and a way to read its bytes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sdtune.data.folder import folder_pictures
+from sdtune.data.hub import hub_pictures
+from sdtune.data.picture import Picture
+
 Role = Literal["instance", "class", "validation"]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture of a source, not yet read.
-
-    Attributes:
-        name: where it stands in its source, with forward slashes.
-        captions: what it shows, in one or several ways.
-        weight: weight of its loss.
-        read: answers the path of its file, or its encoded bytes.
-        origin: folder or data set that it is from; with `name` it tells it from every other picture.
-    """
-
-    name: str
-    captions: tuple[str, ...]
-    weight: float
-    read: Callable[[], bytes | str]
-    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,11 +66,7 @@ def load_source(
     if (path is None) == (hub is None):
         raise ValueError(f"expected either path or hub, got path={path!r} and hub={hub!r}")
     if path is not None:
-        from sdtune.data.folder import folder_pictures
-
         pictures = folder_pictures(Path(path), split, image_column, text_column, prompt, key)
     else:
-        from sdtune.data.hub import hub_pictures
-
         pictures = hub_pictures(str(hub), split, image_column, text_column, prompt, key)
     return Source(tuple(pictures), role, repeats, weight)

@@ -10,7 +10,8 @@ from PIL import Image
 
 from sdtune.data import broken as module
 from sdtune.data.broken import broken, refuse_broken
-from sdtune.data.sources import Picture, Source, load_source
+from sdtune.data.picture import Picture
+from sdtune.data.sources import Source, load_source
 from sdtune.errors import DataError
 
 

@@ -11,7 +11,8 @@ import sdtune.data.dataset
 from sdtune.data.batches import batches, collate, sample_numbers
 from sdtune.data.dataset import TrainingSet, held_out, validation_examples
 from sdtune.data.images import open_rgb, prepare
-from sdtune.data.sources import Picture, Source, load_source
+from sdtune.data.picture import Picture
+from sdtune.data.sources import Source, load_source
 from sdtune.errors import DataError
 
 

@@ -1,0 +1,23 @@
+"""One picture of a data set, not yet read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a source, not yet read.
+
+    Attributes:
+        name: where it stands in its source, with forward slashes.
+        captions: what it shows, in one or several ways.
+        weight: weight of its loss.
+        read: answers the path of its file, or its encoded bytes.
+        origin: folder or data set that it is from; with `name` it tells it from every other picture.
+    """
+
+    name: str
+    captions: tuple[str, ...]
+    weight: float
+    read: Callable[[], bytes | str]
+    origin: str = ""
