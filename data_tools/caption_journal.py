@@ -58,8 +58,8 @@ class Journal:
             ) from error
         job = self._job()
         if job and job["settings"] != settings:
-            if not wanted.overwrite:
-                self.release()
+            if not wanted.overwrite and self.finished()[0]:
+                self._lock.release()
                 raise UsageError(self._other_settings(job["settings"], settings, wanted))
             for file in self._files():
                 file.unlink()
@@ -87,12 +87,16 @@ class Journal:
 
     def remove(self) -> None:
         """Takes the journal away: what it held stands in the result."""
-        self.release()
+        self._lock.release()
         shutil.rmtree(self.place)
 
     def release(self) -> None:
-        """Lets other commands write here."""
+        """Lets other commands write here; takes the journal away while nothing stands in it."""
         self._lock.release()
+        if self.place.is_dir() and not self.finished()[0]:
+            self.remove()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     def _job(self) -> dict[str, Any]:
         try:
@@ -113,8 +117,8 @@ class Journal:
         differences += [f"{name}: {before.get(name)!r} before, {now[name]!r} now" for name in now
                         if name not in vars(wanted) and before.get(name) != now[name]]
         return (
-            f"'{self.folder}' holds {len(self.finished()[0])} captions of a run that was stopped and had other settings "
-            f"({'; '.join(differences)}). Give the settings it had, and it goes on; or begin anew with --overwrite"
+            f"'{self.folder}' holds {len(self.finished()[0])} captions of a run that was stopped and had other "
+            f"settings ({'; '.join(differences)}). With those settings it goes on; with --overwrite all begins anew"
         )
 
 

@@ -95,4 +95,4 @@ def _check_colour(name: str) -> None:
     try:
         ImageColor.getrgb(name)
     except ValueError:
-        raise UsageError(f"--background: '{name}' is no colour; expected a name or number such as black or #ff8800") from None
+        raise UsageError(f"--background: '{name}' is no colour; expected one such as black or #ff8800") from None

@@ -1,0 +1,192 @@
+"""The pictures of a captioning and the captions that they have already."""
+
+import csv
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data_tools.caption_journal import PLACE
+from data_tools.caption_settings import FORMATS
+from sdtune.data.metadata import PICTURE_SUFFIXES, is_picture, list_files, read_rows
+from sdtune.errors import DataError, UsageError
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+REPORT = "captions.json"
+Row = dict[str, Any]
+
+
+@dataclass
+class Folder:
+    """A folder of pictures as it stands.
+
+    Attributes:
+        path: the folder.
+        pictures: their names, sorted, relative to it, with forward slashes.
+        metadata: names of the files that describe them.
+        rows: what those say, by picture, in their order.
+        sidecars: the lines of each picture's .txt, of those that have one.
+        bad_names: pictures that cannot be named in metadata.jsonl, and why.
+    """
+
+    path: Path
+    pictures: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    sidecars: dict[str, list[str]] = field(default_factory=dict)
+    bad_names: dict[str, str] = field(default_factory=dict)
+
+    def texts(self, name: str) -> list[str]:
+        """The captions that a picture has: of its rows, else of its .txt."""
+        texts = [text_of(row) for row in self.rows.get(name, [])]
+        return [text for text in texts if text] or self.sidecars.get(name, [])
+
+
+def read_folder(path: Path, without: Path | None = None) -> Folder:
+    """Looks through a folder; only its captions are read, no picture.
+
+    Args:
+        without: a folder in it that is passed over.
+
+    Raises:
+        DataError: a metadata file is damaged.
+    """
+    folder = Folder(path)
+    files = list_files(path) if path.is_dir() else []
+    if without is not None and (inner := _inside(path, without)):
+        files = [name for name in files if not name.startswith(f"{inner}/")]
+    there = set(files)
+    folder.metadata = [name for name in files if name.rpartition("/")[2] in METADATA_FILES]
+    for file in folder.metadata:
+        for row in _rows_of(path, file):
+            folder.rows.setdefault(row["file_name"], []).append(row)
+    others = {value for rows in folder.rows.values() for row in rows for _, value in other_files(row)}
+    for name in files:
+        if not is_picture(name) or name in others:
+            continue
+        if reason := _bad_name(name):
+            folder.bad_names[name.encode("utf-8", "backslashreplace").decode()] = reason
+            continue
+        folder.pictures.append(name)
+        if (sidecar := sidecar_of(name)) in there:
+            folder.sidecars[name] = lines_of(path / sidecar)
+    return folder
+
+
+def check_place(source: Folder, target: Folder, kind: str) -> None:
+    """Whether the result can be written where it is wanted.
+
+    Args:
+        source: the pictures. target: where the captions go, the same object if they stay beside the pictures.
+        kind: format of the captions.
+
+    Raises:
+        UsageError: there is metadata of another kind, or a folder with other things.
+        DataError: two pictures would share one .txt.
+    """
+    out = target.path
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out: '{out}' is a file; expected a folder")
+    ours = target is source or (out / REPORT).is_file() or (out / PLACE).is_dir()
+    if not ours and out.is_dir() and any(out.iterdir()):
+        raise UsageError(
+            f"--out: '{out}' has things in it that do not come from sdtune caption; expected a new or empty folder, or "
+            "the result of an earlier run"
+        )
+    if others := [name for name in target.metadata if name != FORMATS[kind]]:
+        raise UsageError(
+            f"'{out / others[0]}' has captions already, and a second kind of file beside it would be taken for more "
+            "pictures; name a new folder with --out: it will hold those captions too"
+        )
+    if kind == "txt":
+        taken: dict[str, str] = {}
+        for name in source.pictures:
+            other = taken.setdefault(sidecar_of(name), name)
+            if other != name:
+                raise DataError(
+                    f"'{other}' and '{name}' would share {sidecar_of(name)}; rename one, or leave --format txt out"
+                )
+
+
+def joined(source: Folder, target: Folder) -> Folder:
+    """The pictures of `source` with the captions of both; those of `target`, an earlier result, count first."""
+    if target is source:
+        return source
+    rows = source.rows | {name: rows for name, rows in target.rows.items() if target.texts(name)}
+    return replace(source, rows=rows, sidecars=source.sidecars | target.sidecars)
+
+
+def no_pictures(folder: Path) -> DataError:
+    """What to say when there are none."""
+    kinds = ", ".join(PICTURE_SUFFIXES)
+    return DataError(f"'{folder}' holds no pictures; expected files that end in {kinds}, in it or in its sub-folders")
+
+
+def leaves(name: str) -> bool:
+    """Whether a name leads out of its folder."""
+    return os.path.isabs(name) or bool(os.path.splitdrive(name)[0]) or ".." in name.split("/")
+
+
+def sidecar_of(name: str) -> str:
+    """dogs/rex.jpg -> dogs/rex.txt"""
+    return os.path.splitext(name)[0] + ".txt"
+
+
+def text_of(row: Row) -> str:
+    """The caption in a row, without stray spaces; empty when there is none."""
+    return str(row.get("text") or "").strip()
+
+
+def _inside(folder: Path, inner: Path) -> str:
+    """`inner` relative to `folder`, with forward slashes; empty when it is elsewhere."""
+    try:
+        relative = inner.resolve().relative_to(folder.resolve()).as_posix()
+    except ValueError:
+        return ""
+    return "" if relative == "." else relative
+
+
+def _rows_of(folder: Path, file: str) -> Iterator[Row]:
+    """Rows of one metadata file, named relative to `folder`."""
+    prefix = file.rpartition("/")[0]
+    for row in _read(folder / file):
+        if not isinstance(row.get("file_name"), str):
+            raise DataError(f"'{folder / file}' has a row without file_name: {row}; mend it, or move the file away")
+        here = {key: f"{prefix}/{value}" for key, value in [("file_name", row["file_name"]), *other_files(row)]}
+        yield row | here if prefix else row
+
+
+def _read(file: Path) -> Iterable[Row]:
+    if file.suffix == ".jsonl":
+        return read_rows(file)
+    try:
+        if file.suffix == ".csv":
+            with open(file, encoding="utf-8-sig", newline="") as lines:
+                return [dict(row) for row in csv.DictReader(lines)]
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(file).to_pylist()
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"'{file}' cannot be read ({error}); mend it, or move it away") from error
+
+
+def other_files(row: Row) -> list[tuple[str, str]]:
+    """Keys and names of what a row names beside its picture, such as a mask."""
+    return [(k, v) for k, v in row.items() if k.endswith("_file_name") and k != "file_name" and isinstance(v, str)]
+
+
+def _bad_name(name: str) -> str:
+    """Why a name cannot stand in metadata.jsonl; empty when it can."""
+    if "\\" in name:
+        return "its name has a backslash, which metadata.jsonl takes for a folder; rename it"
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return "its name is not UTF-8; rename it"
+    return ""
+
+
+def lines_of(file: Path) -> list[str]:
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    return [line.strip() for line in text.splitlines() if line.strip()]
