@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sdtune.data.atomic import flush, replace_file
 from sdtune.errors import RunError
 
 
@@ -63,26 +64,11 @@ def could_not_write(fault: Exception) -> bool:
     return isinstance(fault, (OSError, SafetensorError)) or "os error" in str(fault)
 
 
-def flush(file: Path) -> None:
-    """Hand a file's bytes to the disk, readable for those who may read new files here."""
-    mask = os.umask(0)
-    os.umask(mask)
-    file.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
-    with open(file, "rb+") as handle:
-        os.fsync(handle.fileno())
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write a small file next to its place, flush it, then rename it."""
-    aside = path.with_name(f".{path.name}.partial")
+    """Write a small file, whole or not at all. Raises RunError."""
     try:
-        with open(aside, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(aside, path)
+        replace_file(path, text.encode())
     except OSError as fault:
-        aside.unlink(missing_ok=True)
         raise RunError(
             f"'{path}' could not be written ({fault.strerror or fault}); free some disk space or choose another place"
         ) from fault

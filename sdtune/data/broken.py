@@ -72,7 +72,7 @@ def _is_file(picture: Picture) -> bool:
 
 def _look(picture: Picture, whole: bool) -> tuple[str, str] | None:
     """Name and reason of a broken picture; None for a good one."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     name = f"{picture.origin}: {picture.name}"
     try:
@@ -81,7 +81,7 @@ def _look(picture: Picture, whole: bool) -> tuple[str, str] | None:
         with Image.open(BytesIO(content) if isinstance(content, bytes) else content) as opened:
             if whole or isinstance(content, bytes) or not _ends_well(content, opened.format):
                 opened.load()
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         return name, "not a picture"
     except Exception as error:  # Pillow's readers raise whatever the broken bytes lead them to
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
