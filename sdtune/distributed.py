@@ -3,14 +3,13 @@
 Under `accelerate launch` or `torchrun` a run has several processes; else there is one, and nothing here imports torch
 or accelerate.
 
-    with main_first():              # the main process makes the files, the others then find them
+    if is_main():                   # the main process makes the files, the others then find them
         fill_class_folder(...)
+    barrier()
 """
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 
@@ -40,20 +39,6 @@ def barrier() -> None:
         group.barrier(device_ids=[torch.cuda.current_device()])
     elif group:
         group.barrier()
-
-
-@contextmanager
-def main_first() -> Iterator[None]:
-    """The main process runs the block, then the others do.
-
-    If it fails in the main process the others do not start on it: they wait until the launcher ends them.
-    """
-    main = is_main()
-    if not main:
-        barrier()
-    yield
-    if main:
-        barrier()
 
 
 def _group() -> Any:
