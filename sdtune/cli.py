@@ -116,6 +116,115 @@ def demo(
     _end_with(run, debug)
 
 
+@app.command()
+def check(
+    target: Annotated[
+        str, typer.Argument(metavar="DATASET_OR_RECIPE", help="A folder, a data set of the Hub, or a recipe.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="In place of the recipe's.")
+    ] = None,
+    trigger: Annotated[str | None, typer.Option(help='What each caption must hold, such as "sks dog".')] = None,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Side of training pictures; 512 by default.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One caption for all pictures.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the pictures; image by default.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the captions; text by default.")] = None,
+    fix: Annotated[Path | None, typer.Option(metavar="OUT", help="Write a cleaned copy into a new folder.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Look at every picture and caption before training. Exit code 1: training would fail."""
+
+    def run() -> int:
+        from sdtune.checking import command
+
+        return command(
+            target,
+            overrides or [],
+            trigger=trigger,
+            resolution=resolution,
+            prompt=prompt,
+            image_column=image_column,
+            text_column=text_column,
+            fix=fix,
+            as_json=as_json,
+        )
+
+    _end_with(run, debug)
+
+
+@app.command()
+def dedupe(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures, with or without captions.")],
+    threshold: Annotated[int, typer.Option(help="Bits of the perceptual hash that may differ, 0 to 16.")] = 6,
+    out: Annotated[Path | None, typer.Option(help="Write what is kept into a new folder.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Draw the groups into a file, such as alike.png.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show pictures that look alike; keep the largest of each."""
+
+    def run() -> int:
+        from sdtune.data.dedupe import command
+
+        return command(folder, threshold=threshold, out=out, sheet=sheet, as_json=as_json)
+
+    _end_with(run, debug)
+
+
+@app.command()
+def coco(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The new folder.")],
+    captions: Annotated[Path | None, typer.Option(metavar="FILE", help="captions_X.json.")] = None,
+    images: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the pictures are.")] = None,
+    captions_per_image: Annotated[str, typer.Option(help="all, first, longest, join or random:SEED.")] = "all",
+    instances: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="instances_X.json; pictures without an object are left out.")
+    ] = None,
+    category: Annotated[list[str] | None, typer.Option(help="Only these objects count; several times.")] = None,
+    match: Annotated[str, typer.Option(help="any or all: whether a picture needs one category or each.")] = "any",
+    min_area: Annotated[float, typer.Option(min=0, help="Smaller objects do not count, in square pixels.")] = 0.0,
+    no_crowd: Annotated[bool, typer.Option("--no-crowd", help="Crowds do not count.")] = False,
+    license: Annotated[list[str] | None, typer.Option(help="Only pictures under it: number or name.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Draw this many pictures.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of --limit and --split.")] = 0,
+    masks: Annotated[bool, typer.Option("--masks", help="Write a mask of each picture's objects that count.")] = False,
+    images_mode: Annotated[
+        str, typer.Option(help="copy, link (hard links, else copies), or reference: write names alone.")
+    ] = "link",
+    split: Annotated[list[str] | None, typer.Option(help="A share of the pictures: val=0.05; several times.")] = None,
+    prompt_from: Annotated[str | None, typer.Option(help='category: "a photo of a {category}" as caption.')] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a data set folder of COCO's json files and pictures."""
+
+    def run() -> int:
+        from data_tools.coco import command
+
+        return command(
+            captions=captions,
+            images=images,
+            out=out,
+            captions_per_image=captions_per_image,
+            instances=instances,
+            categories=category or [],
+            match=match,
+            min_area=min_area,
+            no_crowd=no_crowd,
+            licenses=license or [],
+            limit=limit,
+            seed=seed,
+            masks=masks,
+            images_mode=images_mode,
+            splits=split or [],
+            prompt_from=prompt_from,
+            as_json=as_json,
+        )
+
+    _end_with(run, debug)
+
+
 @recipes_app.command("ls")
 def recipes_ls(debug: Debug = False) -> None:
     """List the shipped recipes."""

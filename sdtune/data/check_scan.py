@@ -3,9 +3,9 @@
     looks = list(look_at_all(pictures))
     looks[0].width, looks[0].fault                      # 640, ""
 
-A JPEG is decoded as a draft at an eighth of its size: libjpeg reads and unpacks its whole data for that, so whatever is
-damaged is found as in a full decode, and only the last step, which cannot fail, is made for fewer pixels. The perceptual
-hash is made of that reduced copy, since hashing the whole picture takes longer than decoding it.
+A JPEG is decoded as a draft at an eighth of its size: libjpeg reads and unpacks its whole data for that, so whatever
+is damaged is found as in a full decode, and only the last step, which cannot fail, is made for fewer pixels. The
+perceptual hash is made of that reduced copy, since hashing the whole picture takes longer than decoding it.
 """
 
 import hashlib

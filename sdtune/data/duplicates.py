@@ -1,8 +1,8 @@
 """Which pictures are equal, and which look alike.
 
-Two pictures look alike when their 64 bit perceptual hashes differ in few bits and their colours in little. Pairs are not
-compared one by one: hashes that differ in at most t bits agree in at least one of t + 1 bands of bits (pigeonhole), so
-only those that share a band are compared. 100,000 pictures take seconds.
+Two pictures look alike when their 64 bit perceptual hashes differ in few bits and their colours in little. Pairs are
+not compared one by one: hashes that differ in at most t bits agree in at least one of t + 1 bands of bits (pigeonhole),
+so only those that share a band are compared. 100,000 pictures take seconds.
 """
 
 from collections import defaultdict

@@ -1,0 +1,261 @@
+"""`sdtune check`: a data set, or all that a recipe needs, looked at before any training."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sdtune.config import Recipe, load, resolve_asset, shipped_recipes
+from sdtune.data.check import Identity, Report, check
+from sdtune.data.check_captions import Reader, holds
+from sdtune.data.check_findings import Finding, about, worst_first
+from sdtune.data.check_reading import Entry, Reading
+from sdtune.data.check_report import as_text, as_values, megabytes
+from sdtune.data.check_sizes import Frame
+from sdtune.data.check_watch import watch
+from sdtune.data.folder import splits_of
+from sdtune.data.sources import Role, load_source
+from sdtune.errors import UsageError
+from sdtune.local_models import NamedModel, caption_reader, model_findings, named_models
+
+RESOLUTION, MAX_TOKENS = 512, 75  # where no recipe says otherwise
+Facts = list[tuple[str, str]]
+
+
+def command(
+    target: str,
+    overrides: Sequence[str] = (),
+    *,
+    trigger: str | None = None,
+    resolution: int | None = None,
+    prompt: str | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    fix: Path | None = None,
+    as_json: bool = False,
+) -> int:
+    """`sdtune check`; returns the exit code: 1 where training would fail, with `fix` where the copy would.
+
+    Args:
+        target: folder or other path of a data set, hub id, recipe, or name of a shipped recipe.
+        overrides: `key=value` in place of the recipe's.
+        trigger: what each caption must hold.
+        resolution, prompt, image_column, text_column: of a data set; a recipe has its own.
+        fix: new folder for a cleaned copy.
+        as_json: print one JSON object instead of the table.
+
+    Raises:
+        UsageError: nothing is called `target`, or options that do not go with it.
+    """
+    given = {"resolution": resolution, "prompt": prompt, "image-column": image_column, "text-column": text_column}
+    if is_recipe(target):
+        _refuse_options(target, [name for name, value in given.items() if value is not None], fix)
+        return _end(*check_recipe(target, overrides, trigger), target, as_json)
+    if overrides:
+        raise UsageError(f"'{overrides[0]}' is for a recipe, and '{target}' is a data set; expected options only")
+    entries = data_set_entries(target, prompt, image_column or "image", text_column or "text")
+    side = resolution or RESOLUTION
+    reader = _remembered(lambda: caption_reader(None, MAX_TOKENS))
+    report = check(entries, Frame(side, side), reader=reader, trigger=trigger, watch=watch)
+    if fix is None:
+        return _end(report, [_reading_fact(reader())], {}, target, as_json)
+    from sdtune.data.fix import write_fixed
+
+    written = write_fixed(report, fix)
+    for entry in data_set_entries(str(fix), prompt, image_column or "image", text_column or "text"):
+        entry.load()  # training takes the copy, or this says why not
+    copy = f"{fix}: {written['kept']} pictures, {written['dropped']} left out"
+    facts = [_reading_fact(reader()), ("cleaned copy", copy)]
+    _end(report, facts, {"fixed": {"out": str(fix), **written}}, target, as_json)
+    return 0
+
+
+def is_recipe(target: str) -> bool:
+    """Whether a name is that of a recipe, and not of a data set."""
+    return Path(target).suffix in (".yaml", ".yml") or (target in shipped_recipes() and not Path(target).exists())
+
+
+def data_set_entries(target: str, prompt: str | None, image_column: str, text_column: str) -> list[Entry]:
+    """What to check of a data set: a folder of splits has one entry for each. Raises UsageError."""
+    columns = {"prompt": prompt, "image_column": image_column, "text_column": text_column}
+    path = Path(resolve_asset(target))
+    if not path.exists():
+        if len(target.split("/")) != 2 or target.startswith((".", "~")):
+            raise UsageError(
+                f"'{target}' does not exist; expected a folder of pictures, a data set of the Hub (user/name), or a "
+                "recipe: a YAML file or a name of `sdtune recipes ls`"
+            )
+        return [Entry(partial(load_source, hub=target, **columns), **columns)]  # type: ignore[arg-type]
+    splits = splits_of(path) if path.is_dir() else []
+    entries = []
+    for split in sorted(splits, key=lambda name: name not in ("train", "training")) or ["train"]:
+        role: Role = "instance" if split in ("train", "training") or len(splits) < 2 else "validation"
+        load_split = partial(load_source, path=path, split=split, role=role, **columns)  # type: ignore[arg-type]
+        label = split if len(splits) > 1 else ""
+        entries.append(Entry(load_split, label, path, split, role=role, **columns))  # type: ignore[arg-type]
+    return entries
+
+
+def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> tuple[Report, Facts, dict[str, Any]]:
+    """A recipe's data sets and models. Raises ConfigError with all its faults."""
+    from sdtune.building import make_source, picture_size
+
+    recipe = load(target, overrides)
+    entries = []
+    for number, settings in enumerate(recipe.data):
+        path = Path(resolve_asset(settings.path)) if settings.path is not None else None
+        if settings.generate and not (path is not None and path.is_dir()):
+            continue  # the run draws them
+        entries.append(
+            Entry(
+                partial(make_source, recipe, settings),
+                f"data.{number}" if len(recipe.data) > 1 else "",
+                path,
+                settings.split,
+                settings.image_column,
+                settings.text_column,
+                settings.prompt,
+                settings.role,
+            )
+        )
+    trigger = trigger or rare_word(recipe)
+    reader = _remembered(lambda: caption_reader(recipe.model, recipe.images.max_tokens))
+    text = recipe.task == "denoising"
+    report = check(
+        entries,
+        Frame(*picture_size(recipe)),
+        reader=reader if text else None,
+        trigger=trigger,
+        held_out=partial(set_aside, recipe),
+        watch=watch,
+    )
+    models = named_models(recipe)
+    more = [*model_findings(models), *_samples_without(recipe, trigger)]
+    report = replace(report, findings=worst_first([*report.findings, *more]))
+    facts = [*([_reading_fact(reader())] if text else []), *recipe_facts(recipe, report), _model_fact(models)]
+    values = [{"key": each.key, "name": each.name, "here": each.here, "lacks": list(each.lacks)} for each in models]
+    return report, facts, {"models": values, "trigger": trigger, **estimate(recipe, report)}
+
+
+def rare_word(recipe: Recipe) -> str | None:
+    """The words of the instance prompt that no class prompt has, such as sks; None without prompts of both."""
+    from sdtune.class_pictures import class_prompts
+
+    instance = [each.prompt for each in recipe.data if each.role == "instance" and each.prompt]
+    classes = [each for each in recipe.data if each.role == "class" and (each.prompt or each.prompts)]
+    if not instance or not classes:
+        return None
+    known = {word.lower() for each in classes for prompt in class_prompts(each) for word in prompt.split()}
+    rare = [word for word in str(instance[0]).split() if word.lower() not in known]
+    return " ".join(rare) or None
+
+
+def set_aside(recipe: Recipe, readings: Sequence[Reading]) -> set[Identity]:
+    """The pictures of instance sources that the run holds out for validation."""
+    sources = [reading.source for reading in readings if reading.source is not None]
+    if recipe.validation.fraction == 0 or not sources:
+        return set()
+    from sdtune.data.dataset import held_out
+
+    _, aside = held_out(sources, recipe.validation.fraction, recipe.train.seed)
+    return {(picture.origin, picture.name) for picture in aside.pictures}
+
+
+def estimate(recipe: Recipe, report: Report) -> dict[str, Any]:
+    """What is known of the run before it: samples, epochs, bytes of cached latents and free disk."""
+    repeats = [each.repeats for each in recipe.data if each.role == "instance"]
+    numbers = [len(reading.pictures) for reading in report.readings if reading.entry.role == "instance"]
+    samples = recipe.train.steps * recipe.train.batch_size * recipe.train.accumulate
+    epoch = sum(number * times for number, times in zip(numbers, repeats, strict=True))
+    place = Path(recipe.output.dir).absolute()
+    while not place.exists():
+        place = place.parent
+    return {
+        "samples": samples,
+        "epochs": round(samples / epoch, 2) if epoch else None,
+        "cached_latents_bytes": latents_bytes(recipe, report.frame) * len(report.good) if recipe.train.cache else 0,
+        "disk_free_bytes": shutil.disk_usage(place).free,
+        "class_pictures_to_draw": sum(each.generate or 0 for each in recipe.data),
+    }
+
+
+def latents_bytes(recipe: Recipe, frame: Frame) -> int:
+    """Bytes that the cache keeps of one picture: mean and deviation of its latents in float32.
+
+    Where the VAE's configuration is not here, 4 channels at an eighth of the size, as Stable Diffusion's.
+    """
+    channels, factor = 4, 8
+    config = Path(resolve_asset(recipe.model.base or "")) / "vae" / "config.json"
+    if config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        channels = values.get("latent_channels", channels)
+        factor = 2 ** (len(values.get("block_out_channels", [0] * 4)) - 1)
+    return 2 * 4 * channels * (frame.height // factor) * (frame.width // factor)
+
+
+def recipe_facts(recipe: Recipe, report: Report) -> Facts:
+    """The estimate in words."""
+    known = estimate(recipe, report)
+    size, steps = recipe.train.batch_size * recipe.train.accumulate, recipe.train.steps
+    seen = f"{steps:,} steps of {size} = {known['samples']:,} samples"
+    if known["epochs"] is not None:
+        seen += f", each picture {known['epochs']:g} times"
+    facts = [
+        ("training", f"{seen}, on one process. How long a step takes, only a run tells: add train.steps=20"),
+        ("disk", f"{megabytes(known['disk_free_bytes'])} are free for {recipe.output.dir}; check writes nothing"),
+    ]
+    if recipe.train.cache and recipe.task == "denoising":
+        facts.append(("memory", f"about {megabytes(known['cached_latents_bytes'])} of cached latents, 2.1 GB at most"))
+    if known["class_pictures_to_draw"]:
+        facts.append(("class", f"up to {known['class_pictures_to_draw']} pictures, which the run draws first"))
+    return facts
+
+
+def _samples_without(recipe: Recipe, trigger: str | None) -> list[Finding]:
+    prompts = recipe.validation.samples.prompts if recipe.validation.samples is not None else []
+    if trigger is None or any(holds(prompt, trigger) for prompt in prompts):
+        return []
+    what = f"sample prompts, none with '{trigger}': samples will not show what is learnt"
+    return about("note", "samples", prompts, what, "write it into one of validate.samples.prompts")
+
+
+def _model_fact(models: Sequence[NamedModel]) -> tuple[str, str]:
+    words = [f"{each.key} {each.name} {'is here' if each.here else 'is not here'}" for each in models]
+    return "models", ",  ".join(words) or "none is named"
+
+
+def _reading_fact(reader: Reader) -> tuple[str, str]:
+    return "captions", f"{reader.limit} tokens are read of each, counted by {reader.name}"
+
+
+def _remembered(make: Callable[[], Reader]) -> Callable[[], Reader]:
+    """Makes it once, when it is first asked for."""
+    made: list[Reader] = []
+
+    def get() -> Reader:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return get
+
+
+def _refuse_options(target: str, options: Sequence[str], fix: Path | None) -> None:
+    if options:
+        raise UsageError(
+            f"--{options[0]} is for a data set, and '{target}' is a recipe, which has its own; change it with a "
+            "key=value, such as images.resolution=768 or data.0.prompt='a photo of sks dog'"
+        )
+    if fix is not None:
+        raise UsageError(
+            f"--fix cleans a data set, and '{target}' is a recipe; name the folder: sdtune check FOLDER --fix {fix}"
+        )
+
+
+def _end(report: Report, facts: Facts, values: dict[str, Any], title: str, as_json: bool) -> int:
+    """Prints the report; the exit code."""
+    print(json.dumps(as_values(report, values), ensure_ascii=False) if as_json else as_text(report, title, facts))
+    return int(report.fatal)

@@ -1,0 +1,221 @@
+"""Reads a data set with all its faults, where `load_source` stops at the first.
+
+What training would do is asked of `load_source` itself. Where it refuses a folder, the folder is read here row by row,
+so that every fault is told at once and all pictures are looked at all the same.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from sdtune.data.folder import METADATA_FILES, captions_of, splits_of
+from sdtune.data.metadata import is_picture, list_files
+from sdtune.data.picture import Picture
+from sdtune.data.sources import Role, Source
+from sdtune.errors import SdtuneError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set to check.
+
+    Attributes:
+        load: what training would call for it.
+        label: tells it from the others in a report; "" where it is the only one.
+        path: its folder on this machine; None for a data set of the Hub.
+        split, image_column, text_column, prompt, role: as `load_source` takes them.
+    """
+
+    load: Callable[[], Source]
+    label: str = ""
+    path: Path | None = None
+    split: str = "train"
+    image_column: str = "image"
+    text_column: str = "text"
+    prompt: str | None = None
+    role: Role = "instance"
+
+
+@dataclass
+class Reading:
+    """What one data set holds, and what is wrong with it before any picture is opened.
+
+    Attributes:
+        pictures: all that are there, as training takes them, or as they were found where it refuses them.
+        source: what training takes them as; None where it refuses them.
+        refusal: why; "" where it takes them.
+        folder: where the names of its pictures begin; None for a data set of the Hub.
+        rows: of the metadata for each name, `file_name` relative to `folder`; empty where there is no metadata.
+        bad_rows: what is wrong with each row that cannot be read.
+        missing: names of rows without a picture.
+        leaving: names of rows that lead out of the folder; these pictures are not opened.
+        links: names of pictures that are symbolic links to a place outside of the folder.
+        unreferenced: pictures in the folder that no row names and training does not use.
+        blank: names with a blank caption beside others.
+    """
+
+    entry: Entry
+    pictures: list[Picture] = field(default_factory=list)
+    source: Source | None = None
+    refusal: str = ""
+    folder: Path | None = None
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    bad_rows: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    leaving: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    unreferenced: list[str] = field(default_factory=list)
+    blank: list[str] = field(default_factory=list)
+
+    @property
+    def without_caption(self) -> list[str]:
+        """Names of the pictures that have no caption, and are referenced or need not be."""
+        unreferenced = set(self.unreferenced)
+        return [each.name for each in self.pictures if not each.captions and each.name not in unreferenced]
+
+
+def read(entry: Entry) -> Reading:
+    """Load a data set as training does, and look for what is wrong with it."""
+    reading = Reading(entry)
+    try:
+        reading.source = entry.load()
+        reading.pictures = list(reading.source.pictures)
+    except SdtuneError as fault:
+        reading.refusal = str(fault)
+    if entry.path is not None and entry.path.is_dir():
+        in_split = entry.split in splits_of(entry.path)
+        reading.folder = entry.path / entry.split if in_split else entry.path
+        _read_folder(reading, loaded=reading.source is not None)
+    return reading
+
+
+def leads_out(name: str) -> bool:
+    """Whether a `file_name` is absolute, on any system, or climbs out of its folder."""
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or PureWindowsPath(name).root:
+        return True
+    return os.path.normpath(name.replace("\\", "/")).replace(os.sep, "/").split("/")[0] == ".."
+
+
+def _read_folder(reading: Reading, loaded: bool) -> None:
+    assert reading.folder is not None
+    entry, folder = reading.entry, reading.folder
+    files = list_files(folder)
+    key = "file_name" if entry.image_column == "image" else f"{entry.image_column}_file_name"
+    others: set[str] = set()  # masks and the like
+    for file in (name for name in files if os.path.basename(name) in METADATA_FILES):
+        inner = os.path.dirname(file)
+        for number, row in _rows(folder / file, reading.bad_rows):
+            if not isinstance(row.get(key), str) or not row[key]:
+                reading.bad_rows.append(f"{file}, row {number}: names no picture in {key!r}")
+                continue
+            row = _relative_to_top(row, inner)
+            reading.rows.setdefault(row[key], []).append(row)
+            others.update(name for other, name in row.items() if other != key and _is_name(other, name))
+    there = set(files)
+    for name, rows in reading.rows.items():
+        if leads_out(name):
+            reading.leaving.append(name)
+        elif name not in there and not (folder / name).is_file():
+            reading.missing.append(name)
+        if entry.prompt is None and not loaded:
+            reading.pictures += _found(reading, name, rows, there)
+    blank = ((name, [_texts(row, entry.text_column) for row in rows]) for name, rows in reading.rows.items())
+    if entry.prompt is None:
+        reading.blank = [name for name, texts in blank if any(texts) and not all(texts)]
+    pictures = [name for name in files if is_picture(name)]
+    if not loaded:
+        listed = reading.rows.keys() if entry.prompt is None else set()
+        captions = () if entry.prompt is None else (entry.prompt,)
+        loose = [name for name in pictures if name not in listed and name not in others]
+        reading.pictures += [_picture(folder, name, captions) for name in loose]
+        reading.unreferenced = loose if reading.rows and entry.prompt is None else []
+    elif reading.pictures and all(each.name in there for each in reading.pictures):  # not in shards or tables
+        used = {each.name for each in reading.pictures}
+        reading.unreferenced = [name for name in pictures if name not in used and name not in others]
+    reading.links = _links_out(folder, pictures)
+
+
+def _found(reading: Reading, name: str, rows: list[Row], there: set[str]) -> list[Picture]:
+    """The picture of some rows, if it is there."""
+    assert reading.folder is not None
+    if leads_out(name) or not (name in there or (reading.folder / name).is_file()):
+        return []
+    captions = [text for row in rows for text in _texts(row, reading.entry.text_column)]
+    return [_picture(reading.folder, name, tuple(captions))]
+
+
+def _picture(folder: Path, name: str, captions: tuple[str, ...]) -> Picture:
+    path = os.path.join(folder, *name.split("/"))
+    return Picture(name, captions, 1.0, partial(str, path), origin=os.path.abspath(folder))
+
+
+def _texts(row: Row, text_column: str) -> list[str]:
+    return captions_of(row.get(text_column))
+
+
+def _rows(file: Path, faults: list[str]) -> Iterator[tuple[int, Row]]:
+    """Numbers, from 1, and rows of a metadata file of any kind; what cannot be read goes to `faults`."""
+    try:
+        if file.suffix == ".jsonl":
+            yield from _json_rows(file, faults)
+        elif file.suffix == ".csv":
+            with file.open(encoding="utf-8-sig", newline="") as lines:
+                yield from enumerate(csv.DictReader(lines), start=1)
+        else:
+            import pyarrow.parquet
+
+            yield from enumerate(pyarrow.parquet.read_table(file).to_pylist(), start=1)
+    except (OSError, ValueError, csv.Error) as error:  # ArrowInvalid and UnicodeDecodeError are ValueErrors
+        faults.append(f"{file.name}: cannot be read ({' '.join(str(error).split())})")
+
+
+def _json_rows(file: Path, faults: list[str]) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            faults.append(f"{file.name}, line {number}: not JSON ({error})")
+            continue
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            faults.append(f"{file.name}, line {number}: not an object")
+
+
+def _is_name(key: str, value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and key.endswith("file_name")
+
+
+def _relative_to_top(row: Row, inner: str) -> Row:
+    """A row of a sub-folder's metadata with its names as seen from the top."""
+
+    def moved(name: str) -> str:
+        name = name.replace("\\", "/")
+        return name if not inner or leads_out(name) else f"{inner}/{name}"
+
+    return {key: moved(value) if _is_name(key, value) else value for key, value in row.items()}
+
+
+def _links_out(folder: Path, names: list[str]) -> list[str]:
+    """Pictures that a symbolic link, of the file or of a folder above it, takes from outside."""
+    root = os.path.realpath(folder)
+    real: dict[str, str] = {}  # of each folder, looked up once
+    found = []
+    for name in names:
+        inner, base = os.path.split(name)
+        place = real.setdefault(inner, os.path.realpath(os.path.join(root, inner)))
+        path = os.path.join(place, base)
+        if os.path.islink(path):
+            path = os.path.realpath(path)
+        if not path.startswith(os.path.join(root, "")):
+            found.append(name)
+    return found

@@ -1,0 +1,97 @@
+"""A check's report: as a short table for people, as one object for programs."""
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sdtune.data.check import Report
+from sdtune.data.check_findings import Finding
+from sdtune.data.check_sizes import size_tables
+
+WIDTH = 100  # of the table, in characters
+SHOWN = 3  # names under a finding
+
+
+def as_text(report: Report, title: str, facts: Sequence[tuple[str, str]]) -> str:
+    """The table: what was found, the worst first; then sizes and other facts; then whether training would fail.
+
+    Args:
+        title: what was checked.
+        facts: further lines, each a label and a text.
+    """
+    size = sum(look.bytes for look in report.good)
+    lines = [f"{title}: {len(report.pictures)} pictures, {report.captions} captions, {megabytes(size)}", ""]
+    for finding in report.findings:
+        lines += _finding(finding)
+    lines += [""] if report.findings else []
+    for label, text in [*_sizes(report), *facts]:
+        lines += textwrap.wrap(text, WIDTH, initial_indent=f"{label:<13}", subsequent_indent=" " * 13)
+    fatal = sum(finding.level == "fatal" for finding in report.findings)
+    kinds = "1 kind of fault stands" if fatal == 1 else f"{fatal} kinds of faults stand"
+    lines += ["", f"training would fail: {kinds} in its way" if fatal else "nothing stands in the way of training"]
+    return "\n".join(lines)
+
+
+def as_values(report: Report, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The report for `--json`; every name is in it."""
+    findings = [
+        {
+            "level": each.level,
+            "kind": each.kind,
+            "count": each.count,
+            "what": each.what,
+            "do": each.do,
+            "names": list(each.names),
+        }
+        for each in report.findings
+    ]
+    return {
+        "fails": report.fatal,
+        "pictures": len(report.pictures),
+        "captions": report.captions,
+        "bytes": sum(look.bytes for look in report.good),
+        "findings": findings,
+        "sizes": size_tables(report.good, report.frame),
+        "equal": [[report.pictures[number].name for number in group] for group in report.equal],
+        "alike": [[report.pictures[number].name for number in group] for group in report.alike],
+        **facts,
+    }
+
+
+def megabytes(size: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("bytes", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}" if unit != "bytes" else f"{size:.0f} bytes"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def some(names: Sequence[str], most: int = SHOWN) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _finding(finding: Finding) -> Iterator[str]:
+    head, indent = f"{finding.level:<8}{finding.count:>6}  ", " " * 16
+    yield from textwrap.wrap(finding.what, WIDTH, initial_indent=head, subsequent_indent=indent)
+    if finding.names:
+        yield from textwrap.wrap(some(finding.names), WIDTH, initial_indent=indent, subsequent_indent=indent)
+    yield from textwrap.wrap(f"-> {finding.do}", WIDTH, initial_indent=indent, subsequent_indent=indent + "   ")
+
+
+def _sizes(report: Report) -> Iterator[tuple[str, str]]:
+    tables = size_tables(report.good, report.frame)
+    if not tables:
+        return
+    side, resize = tables["shorter_side"], tables["resize"]
+    counts = ",  ".join(f"{name}: {number}" for name, number in tables["sides"].items())
+    yield "shorter side", f"{side['least']} to {side['most']} px, median {side['median']}.  {counts}"
+    yield "aspect", ",  ".join(f"{name} {number}" for name, number in tables["aspects"].items())
+    yield "modes", ",  ".join(f"{name} {number}" for name, number in tables["modes"].items())
+    yield (
+        "resizing",
+        f"to {resize['width']} x {resize['height']} px: {resize['enlarged']} enlarged, {resize['reduced']} reduced; "
+        f"{resize['cropped_mean']:.0%} of a picture is cropped away on average",
+    )

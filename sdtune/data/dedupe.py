@@ -1,0 +1,100 @@
+"""`sdtune dedupe`: pictures that look alike, beside each other; and a copy with the largest of each."""
+
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from sdtune.data.check import Seen, check, families
+from sdtune.data.check_reading import Entry
+from sdtune.data.check_report import megabytes, some
+from sdtune.data.check_sizes import Frame
+from sdtune.data.check_watch import watch
+from sdtune.data.duplicates import ALIKE, MOST_BITS
+from sdtune.data.fix import write_copy
+from sdtune.data.sources import load_source
+from sdtune.errors import DataError, UsageError
+
+ANY_FRAME = Frame(8, 8)  # sizes are not asked for here
+SHOWN = 50  # groups in the table
+
+
+def command(
+    folder: Path,
+    *,
+    threshold: int = ALIKE,
+    out: Path | None = None,
+    sheet: Path | None = None,
+    as_json: bool = False,
+) -> int:
+    """`sdtune dedupe`; returns the exit code.
+
+    Args:
+        folder: pictures, with or without captions.
+        threshold: bits of the perceptual hash that may differ, of 64.
+        out: new folder for what is kept: the largest picture of each group and all others.
+        sheet: file for a contact sheet of the groups.
+        as_json: print one JSON object instead of the table.
+
+    Raises:
+        UsageError: `out` exists, or the threshold is out of range. DataError: there are no pictures.
+    """
+    if not 0 <= threshold <= MOST_BITS:
+        raise UsageError(f"--threshold: got {threshold}, expected a number of bits from 0 to {MOST_BITS}")
+    entry = Entry(partial(load_source, path=folder), path=folder)
+    report = check([entry], ANY_FRAME, threshold=threshold, watch=watch)
+    if not report.pictures:
+        raise DataError(report.readings[0].refusal or f"{folder} holds no pictures.")
+    broken = [number for number, each in enumerate(report.pictures) if each.look.fault]
+    groups = [_largest_first(group, report.pictures) for group in families(report.equal, report.alike)]
+    groups.sort(key=lambda group: (-len(group), group[0]))
+    drop = {number for group in groups for number in group[1:]}
+    if broken:
+        names = some([report.pictures[number].name for number in broken])
+        print(f"{len(broken)} pictures cannot be read and are passed over: {names}", file=sys.stderr)
+    if sheet is not None:
+        from sdtune.data.dedupe_sheet import write_sheet
+
+        write_sheet([[report.pictures[number] for number in group] for group in groups], sheet)
+    written = write_copy(report, drop.union(broken), out) if out is not None else None
+    if not as_json:
+        print(_table([[report.pictures[number] for number in group] for group in groups], len(report.pictures)))
+        if written is not None:
+            print(f"{out}: {written['kept']} pictures")
+    else:
+        values = {
+            "pictures": len(report.pictures),
+            "broken": [report.pictures[number].name for number in broken],
+            "groups": [[report.pictures[number].name for number in group] for group in groups],
+            "dropped": len(drop),
+            "out": str(out) if out is not None else None,
+        }
+        print(json.dumps(values, ensure_ascii=False))
+    return 0
+
+
+def _largest_first(group: Sequence[int], pictures: Sequence[Seen]) -> list[int]:
+    def size(number: int) -> tuple[int, int, int]:
+        look = pictures[number].look
+        return -look.width * look.height, -look.bytes, number
+
+    return sorted(group, key=size)
+
+
+def _table(groups: Sequence[Sequence[Seen]], total: int) -> str:
+    """A line for each picture of a group, the one that stays first."""
+    lines = []
+    for group in groups[:SHOWN]:
+        for number, each in enumerate(group):
+            look = each.look
+            bits = (look.hash ^ group[0].look.hash).bit_count()
+            same = "equal" if look.digest == group[0].look.digest else f"{bits} bits apart"
+            size = f"{look.width} x {look.height}"
+            lines.append(f"{'keep' if number == 0 else '':<6}{size:>13}  {megabytes(look.bytes):>8}  {each.name}")
+            lines[-1] += f"  ({same})" if number else ""
+        lines.append("")
+    if len(groups) > SHOWN:
+        lines += [f"and {len(groups) - SHOWN} more groups; --json names them all", ""]
+    more = sum(len(group) - 1 for group in groups)
+    return "\n".join([*lines, f"{total} pictures: {len(groups)} groups look alike, {more} pictures could go"])

@@ -1,0 +1,201 @@
+"""Which of the models that a recipe names are on this machine, and a tokenizer that counts a caption's tokens."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdtune.config import ModelSettings, Recipe, resolve_asset
+from sdtune.config.shipped import TINY
+from sdtune.data.check_captions import Reader
+from sdtune.data.check_findings import Finding, about
+from sdtune.errors import WeightsError
+from sdtune.hub_access import unreachable
+
+CLIP = "openai/clip-vit-large-patch14"  # its tokenizer is that of Stable Diffusion
+CLIP_LENGTH = 77  # tokens that its text encoder reads, start and end included
+CHUNK = 75
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that a recipe names.
+
+    Attributes:
+        key: where in the recipe. name: what is written there.
+        folder: where it is on this machine, in whole or in part; None where it is not.
+        lacks: parts that are not there.
+    """
+
+    key: str
+    name: str
+    folder: Path | None
+    lacks: tuple[str, ...] = ()
+
+    @property
+    def here(self) -> bool:
+        """Whether nothing is left to download."""
+        return self.folder is not None and not self.lacks
+
+
+def named_models(recipe: Recipe) -> list[NamedModel]:
+    """All models that a recipe names, looked for in folders and in the cache of the Hub."""
+    model, found = recipe.model, []
+    if model.base is not None:
+        found.append(_base(model, recipe.task))
+    if model.vae is not None:
+        found.append(_part("model.vae", model.vae, "vae"))
+    for part, value in (model.from_config or {}).items():
+        if isinstance(value, str):
+            found.append(_part(f"model.from_config.{part}", value, part))
+    return found
+
+
+def model_findings(models: Sequence[NamedModel]) -> list[Finding]:
+    """What is not here: fatal where it is a folder, or where the Hub does not answer."""
+    folders = [each for each in models if not each.here and Path(resolve_asset(each.name)).exists()]
+    hub = [each for each in models if not each.here and each not in folders]
+    findings = about(
+        "fatal",
+        "model incomplete",
+        [f"{each.key} '{each.name}' lacks {', '.join(each.lacks)}" for each in folders],
+        "model folders that lack a part",
+        "copy them again",
+    )
+    if hub:
+        fault = _no_hub()
+        names = [f"{each.key} '{each.name}'{_lacking(each)}" for each in hub]
+        if fault:
+            do = f"the Hub cannot be asked ({fault}); on a machine with network: hf download {hub[0].name}"
+        else:
+            do = f"the run downloads them first; to have them before: hf download {hub[0].name}"
+        findings += about("fatal" if fault else "warning", "model", names, "models that are not on this machine", do)
+    return findings
+
+
+def caption_reader(model: ModelSettings | None, max_tokens: int) -> Reader:
+    """Counts tokens as the recipe's model does; else as CLIP does, from the cache; else as the embedded model does.
+
+    Args:
+        model: of the recipe; None where there is none.
+        max_tokens: of a caption that are read, a multiple of 75.
+
+    Raises:
+        WeightsError: the tokenizer's files are damaged.
+    """
+    chunks = max(1, max_tokens // CHUNK)
+    own = _own_tokenizer(model) if model is not None else None
+    if own is not None:
+        tokenizer = _open(own)
+        length = tokenizer.model_max_length if tokenizer.model_max_length <= 10_000 else CLIP_LENGTH
+        return _reader(tokenizer, chunks * (length - 2), "the model's own tokenizer", exact=True)
+    limit = chunks * (CLIP_LENGTH - 2)
+    cached = _cached(CLIP, "vocab.json", None)
+    if cached is not None:
+        return _reader(_open(cached.parent), limit, f"the tokenizer of {CLIP}", exact=model is None)
+    tiny = _open(Path(resolve_asset(TINY)) / "tokenizer")
+    name = f"the embedded model's tokenizer, for CLIP's is not here; it needs more tokens (hf download {CLIP})"
+    return _reader(tiny, limit, name, exact=False)
+
+
+def _base(model: ModelSettings, task: str) -> NamedModel:
+    from sdtune.families import family_class
+
+    name, key = str(model.base), "model.base"
+    local = Path(resolve_asset(name))
+    if local.exists():
+        folder: Path | None = local
+    else:
+        index = _cached(name, "model_index.json", model.revision)
+        folder = index.parent if index is not None else None
+    if folder is None:
+        return NamedModel(key, name, None)
+    parts = ("vae",) if task == "autoencoding" else family_class(model.family).parts
+    parts = tuple(part for part in parts if part != "vae" or model.vae is None)
+    lacks = [part for part in parts if not _is_whole(folder / part, model.variant)]
+    if not (folder / "model_index.json").is_file():
+        lacks.insert(0, "model_index.json")
+    return NamedModel(key, name, folder, tuple(lacks))
+
+
+def _part(key: str, name: str, part: str) -> NamedModel:
+    """A model that is one part, in a folder of its own or in that of a whole model."""
+    local = Path(resolve_asset(name))
+    if local.exists():
+        folder = local / part if (local / part).is_dir() else local
+        return NamedModel(key, name, folder, () if _is_whole(folder, None, part) else (part,))
+    files = {"tokenizer": ("vocab.json", "tokenizer.json"), "scheduler": ("scheduler_config.json",)}
+    kind = part.removesuffix("_2")
+    for file in files.get(kind, ("config.json",)):
+        found = _cached(name, file, None) or _cached(name, f"{part}/{file}", None)
+        if found is not None:
+            return NamedModel(key, name, found.parent, () if _is_whole(found.parent, None, part) else (part,))
+    return NamedModel(key, name, None)
+
+
+def _is_whole(folder: Path, variant: str | None, part: str | None = None) -> bool:
+    """Whether the files of one part of a model are there: for a network its configuration and weights."""
+    if not folder.is_dir():
+        return False
+    names = {file.name for file in folder.iterdir() if file.exists()}  # a link into the cache may lead to nothing
+    part = part or folder.name
+    if part.startswith("tokenizer"):
+        return "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
+    if part == "scheduler":
+        return "scheduler_config.json" in names
+    weights = {name for name in names if name.endswith(".safetensors") and (not variant or f".{variant}" in name)}
+    return "config.json" in names and bool(weights)
+
+
+def _own_tokenizer(model: ModelSettings) -> Path | None:
+    name = (model.from_config or {}).get("tokenizer", model.base)
+    if not isinstance(name, str):
+        return None
+    found = _part("", name, "tokenizer")
+    return found.folder if found.here else None
+
+
+def _cached(repo: str, file: str, revision: str | None) -> Path | None:
+    """A file of a hub model in this machine's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repo, file, revision=revision)
+    except HFValidationError:  # a folder that does not exist, or a web address
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _no_hub() -> str:
+    """Why the Hub cannot be asked; empty when it can."""
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else unreachable(constants.ENDPOINT)
+
+
+def _lacking(model: NamedModel) -> str:
+    return f" (lacks {', '.join(model.lacks)})" if model.folder is not None else ""
+
+
+def _open(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder))
+    except Exception as fault:  # json, OS and tokenizers errors
+        raise WeightsError(f"'{folder}' cannot be opened as a tokenizer: {' '.join(str(fault).split())}") from fault
+
+
+def _reader(tokenizer: Any, limit: int, name: str, *, exact: bool) -> Reader:
+    def count(captions: Sequence[str]) -> list[int]:
+        return list(_lengths(tokenizer, captions))
+
+    return Reader(count, limit, name, exact)
+
+
+def _lengths(tokenizer: Any, captions: Sequence[str]) -> Iterator[int]:
+    for first in range(0, len(captions), 1000):
+        part = list(captions[first : first + 1000])
+        for ids in tokenizer(part, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]:
+            yield len(ids)
