@@ -35,9 +35,11 @@ def silence() -> None:
     for logger, part in SAYS_NOTHING:
         logging.getLogger(logger).addFilter(partial(has_not, part))
 
+    from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
+    diffusers_logging.disable_progress_bar()  # of the parts of a checkpoint in one file
     disable_progress_bar()  # of weights going from the disk to memory; it switches off those of downloads too
     enable_progress_bars()
 

@@ -48,7 +48,7 @@ class Family(Protocol):
 
     @classmethod
     def load(cls, base: str, *, parts: Sequence[str] | None = None, **options: Any) -> "Family":
-        """Open a diffusers folder or hub id. `parts` limits what is read, e.g. ["vae"].
+        """Open a diffusers folder, hub id or single file. `parts` limits what is read, e.g. ["vae"].
 
         Raises:
             WeightsError: not a model of this family, or damaged. HubError: the Hub has no answer.

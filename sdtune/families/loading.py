@@ -10,23 +10,20 @@ from torch import nn
 
 from sdtune.diffusion import draws
 from sdtune.errors import HubError, SdtuneError, WeightsError
+from sdtune.families.single_file import find_layout
 from sdtune.hub_access import hub_fault, looks_like_hub_id
 
 
 def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
-    """`model_index.json` of a diffusers folder or hub id: the pipeline's parts and their classes.
+    """`model_index.json` of a diffusers folder, hub id or single file: the pipeline's parts and their classes.
 
     Raises:
-        WeightsError: `base` is a file, or a folder without model_index.json.
+        WeightsError: `base` is a file of another kind, or a folder without model_index.json.
         HubError: the Hub could not be reached or has no such model.
     """
     place = Path(base)
     if place.is_file():
-        raise WeightsError(
-            f"'{base}' is a file; expected a diffusers folder (with model_index.json and unet/) or a hub id. "
-            "A single-file checkpoint can be turned into a folder with diffusers' "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-        )
+        place = find_layout(place)
     if place.is_dir():
         index = place / "model_index.json"
         if not index.is_file():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sdtune.diffusion.schedule import NoiseSchedule
 from sdtune.errors import UsageError, WeightsError
+from sdtune.families import single_file
 from sdtune.families.base import Conditioning
 from sdtune.families.loading import (
     freeze,
@@ -79,7 +80,10 @@ class StableDiffusion:
         clip_skip: int = 0,
         max_tokens: int = 75,
     ) -> "StableDiffusion":
-        """Open a diffusers folder or hub id; see `Family.load`. `vae` names another VAE (its own folder or hub id)."""
+        """Open a diffusers folder, hub id or single file; see `Family.load`.
+
+        `vae` names another VAE (its own folder or hub id).
+        """
         index = read_index(base, revision)
         if index.get("_class_name") not in cls.pipeline_names:
             raise WeightsError(
@@ -91,6 +95,8 @@ class StableDiffusion:
             if part == "vae" and vae:
                 subfolder = "vae" if (Path(vae) / "vae").is_dir() else None
                 opened[part] = cls.open(part, vae, subfolder)
+            elif Path(base).is_file():
+                opened[part] = cls.open_from_file(part, Path(base))
             else:
                 opened[part] = cls.open(part, base, part, variant=variant, revision=revision)
         return cls.assemble(opened, index, clip_skip, max_tokens)
@@ -139,6 +145,13 @@ class StableDiffusion:
             local = Path(base).is_dir()
             return read_json(Path(base) / name if local else hub_file(base, name, options.get("revision")))
         return open_network(cls.network_class(part), base, subfolder, **options)
+
+    @classmethod
+    def open_from_file(cls, part: str, file: Path) -> Any:
+        """One part of a checkpoint in one file; see `open`."""
+        if part in ("tokenizer", "scheduler"):
+            return cls.open(part, str(single_file.find_layout(file)), part)
+        return single_file.open_network(cls.network_class(part), file, part)
 
     @classmethod
     def make(cls, part: str, config: dict[str, Any], seed: int, opened: Mapping[str, Any]) -> nn.Module:
