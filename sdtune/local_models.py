@@ -110,7 +110,8 @@ def _base(model: ModelSettings, task: str) -> NamedModel:
         folder = index.parent if index is not None else None
     if folder is None:
         return NamedModel(key, name, None)
-    parts = ("vae",) if task == "autoencoding" else family_class(model.family).parts
+    family: Any = family_class(model.family)
+    parts = ("vae",) if task == "autoencoding" else family.parts
     parts = tuple(part for part in parts if part != "vae" or model.vae is None)
     lacks = [part for part in parts if not _is_whole(folder / part, model.variant)]
     if not (folder / "model_index.json").is_file():
