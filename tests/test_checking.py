@@ -1,0 +1,250 @@
+"""`sdtune check` as a person types it: on folders, data sets and recipes; its exit codes, and what a recipe adds."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from sdtune import checking
+from sdtune.cli import app
+from sdtune.config import load
+from sdtune.errors import ConfigError, UsageError
+from sdtune.local_models import CLIP, caption_reader, model_findings, named_models
+from tests.drawings import drawing, encoded
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path, monkeypatch):
+    """An empty cache, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return SimpleNamespace(folder=tmp_path / "hub", constants=constants)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return make_photos(tmp_path / "photos", range(6))
+
+
+def make_photos(folder, seeds):
+    folder.mkdir(parents=True)
+    rows = []
+    for seed in seeds:
+        (folder / f"{seed}.jpg").write_bytes(encoded(drawing(seed, (96, 80))))
+        rows.append({"file_name": f"{seed}.jpg", "text": f"caption {seed}"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, photos, sd):
+    """recipe(key=value, ...) -> a file; keys are dotted with __."""
+
+    def make(**changes):
+        values = {
+            "model": {"base": str(sd)},
+            "data": [{"path": str(photos)}],
+            "images": {"resolution": 64},
+            "optimizer": {"lr": 1e-4},
+            "train": {"steps": 30, "batch_size": 2},
+            "output": {"dir": str(tmp_path / "runs" / "new"), "trackers": []},
+        }
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump({**values, **changes}))
+        return str(file)
+
+    return make
+
+
+def checked(capsys, *arguments, **options):
+    """Exit code and values."""
+    code = checking.command(*arguments, as_json=True, **options)
+    return code, json.loads(capsys.readouterr().out)
+
+
+def kinds(values):
+    return {finding["kind"]: finding for finding in values["findings"]}
+
+
+def put_in_cache(hub, repo, source):
+    """A folder as a model of the Hub's cache."""
+    place = hub.folder / f"models--{repo.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("c0ffee")
+    shutil.copytree(source, place / "snapshots" / "c0ffee")
+    return place / "snapshots" / "c0ffee"
+
+
+def test_a_good_folder_ends_with_0_and_a_broken_one_with_1(photos):
+    answer = CliRunner().invoke(app, ["check", str(photos), "--resolution", "64", "--trigger", "sks dog"])
+    assert answer.exit_code == 0 and "nothing stands in the way of training" in answer.stdout
+    assert "lacks the trigger word 'sks dog'" in answer.stdout and "to 64 x 64 px" in answer.stdout
+    (photos / "3.jpg").write_bytes(b"x")
+    answer = CliRunner().invoke(app, ["check", str(photos), "--json"])
+    assert answer.exit_code == 1 and json.loads(answer.stdout.splitlines()[-1])["fails"]
+    assert kinds(json.loads(answer.stdout))["broken"]["names"] == ["3.jpg (not a picture)"]
+    answer = CliRunner().invoke(app, ["dedupe", str(photos)])
+    assert answer.exit_code == 0 and "0 groups look alike" in answer.stdout
+
+
+def test_a_cleaned_copy_ends_with_0(photos, tmp_path, capsys):
+    (photos / "3.jpg").write_bytes(b"x")
+    code, values = checked(capsys, str(photos), fix=tmp_path / "clean")
+    assert code == 0 and values["fails"]
+    assert values["fixed"] == {"out": str(tmp_path / "clean"), "kept": 5, "dropped": 1}
+    assert checked(capsys, str(tmp_path / "clean"))[0] == 0
+
+
+def test_splits_of_a_folder_are_checked_together(tmp_path, capsys):
+    make_photos(tmp_path / "set" / "train", range(4))
+    make_photos(tmp_path / "set" / "test", range(3, 6))
+    code, values = checked(capsys, str(tmp_path / "set"), fix=tmp_path / "clean")
+    assert code == 0 and kinds(values)["in training and validation"]["names"] == ["test: 3.jpg = train: 3.jpg"]
+    assert sorted(path.parent.name for path in (tmp_path / "clean").rglob("*.jpg")) == ["test"] * 2 + ["train"] * 4
+    _, values = checked(capsys, str(tmp_path / "clean"))
+    assert not kinds(values).keys() & {"in training and validation", "equal"}
+
+
+def test_columns_and_a_prompt(photos, capsys):
+    rows = [{"file_name": f"{number}.jpg", "caption": "x"} for number in range(6)]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert checked(capsys, str(photos))[0] == 1
+    assert checked(capsys, str(photos), text_column="caption")[0] == 0
+    assert checked(capsys, str(photos), prompt="a photo")[1]["captions"] == 6
+
+
+def test_a_data_set_of_the_hub(tmp_path, capsys, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features(picture=datasets.Image(), text=datasets.Value("string"))
+    table = datasets.Dataset.from_dict(
+        {"picture": [Image.new("RGB", (80, 64), colour) for colour in ("red", "red", "blue")], "text": list("abc")},
+        features=features,
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda hub, split: table)
+    monkeypatch.setattr("sdtune.data.hub.hub_fault", lambda *arguments: "")
+    code, values = checked(capsys, "someone/things", image_column="picture")
+    assert code == 0 and values["pictures"] == 3 and values["equal"] == [["00000000", "00000001"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "says"),
+    [
+        (["nothing"], {}, "'nothing' does not exist; expected a folder of pictures, a data set"),
+        (["lora_tiny"], {"prompt": "x"}, "--prompt is for a data set, and 'lora_tiny' is a recipe"),
+        (["lora_tiny"], {"fix": Path("out")}, "--fix cleans a data set.*sdtune check FOLDER --fix out"),
+        (["photos", ["a=b"]], {}, "'a=b' is for a recipe, and 'photos' is a data set"),
+    ],
+)
+def test_wrong_usage(arguments, options, says):
+    with pytest.raises(UsageError, match=says):
+        checking.command(*arguments, **options)
+
+
+def test_a_recipe_with_faults_tells_them_all(recipe):
+    with pytest.raises(ConfigError) as fault:
+        checking.command(recipe(), ["train.steps=-1", "data.0.path=nowhere"])
+    assert len(fault.value.faults) == 2
+
+
+def test_a_recipe(recipe, capsys, sd):
+    code, values = checked(capsys, recipe(), ["images.resolution=128"])
+    assert code == 0 and kinds(values).keys() == {"enlarged"}
+    assert values["sizes"]["resize"]["width"] == 128
+    assert values["models"] == [{"key": "model.base", "name": str(sd), "here": True, "lacks": []}]
+    assert values["samples"] == 60 and values["epochs"] == 10 and values["disk_free_bytes"] > 0
+    vae = json.loads((sd / "vae" / "config.json").read_text())
+    side = 128 // 2 ** (len(vae["block_out_channels"]) - 1)
+    assert values["cached_latents_bytes"] == 6 * 2 * 4 * vae["latent_channels"] * side**2
+    assert checking.command(recipe()) == 0
+    text = capsys.readouterr().out
+    assert "30 steps of 2 = 60 samples, each picture 10 times" in text and "model.base" in text
+    assert "the model's own tokenizer" in text
+
+
+def test_every_shipped_recipe_of_the_tiny_model(capsys):
+    for name in ("lora_tiny", "dreambooth_lora_tiny"):
+        code, values = checked(capsys, name)
+        assert code == 0 and values["pictures"] == 16 and not [f for f in values["findings"] if f["level"] == "fatal"]
+    assert values["class_pictures_to_draw"] == 96
+
+
+def test_the_trigger_is_what_class_prompts_lack(recipe, photos, tmp_path, capsys):
+    make_photos(tmp_path / "class", range(10, 12))
+    data = [
+        {"path": str(photos), "prompt": "a photo of sks dog"},
+        {"path": str(tmp_path / "class"), "role": "class", "prompt": "a photo of a dog"},
+    ]
+    samples = {"samples": {"prompts": ["a dog in a garden"]}}
+    code, values = checked(capsys, recipe(data=data, validate=samples))
+    assert code == 0 and values["trigger"] == "sks" and kinds(values)["samples"]["names"] == ["a dog in a garden"]
+    _, values = checked(capsys, recipe(data=[*data, {"path": str(photos)}], validate=samples))
+    assert kinds(values)["no trigger word"]["count"] == 6
+
+
+def test_a_copy_on_both_sides_of_the_held_out_part(recipe, photos, capsys):
+    shutil.copy(photos / "0.jpg", photos / "1.jpg")
+    shutil.copy(photos / "0.jpg", photos / "2.jpg")
+    for fraction, found in [(0.0, False), (0.5, True)]:
+        _, values = checked(capsys, recipe(validate={"fraction": fraction}), ["train.seed=1"])
+        assert ("in training and validation" in kinds(values)) == found
+
+
+def test_tokens_are_counted_by_the_models_own_tokenizer(recipe, photos, capsys, sd):
+    length = caption_reader(load(recipe()).model, 75).limit
+    rows = [{"file_name": f"{n}.jpg", "text": f"{n} " + "dog " * (length + 2 if n == 4 else 3)} for n in range(6)]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    _, values = checked(capsys, recipe())
+    assert [name.split(" (loses")[0] for name in kinds(values)["captions cut"]["names"]] == ["4.jpg"]
+    _, values = checked(capsys, recipe(images={"resolution": 64, "max_tokens": 150}))
+    assert "captions cut" not in kinds(values)
+
+
+def test_clips_tokenizer_comes_from_the_cache_else_tinys_is_used(hub, shared_tokenizer):
+    assert not caption_reader(None, 75).exact and caption_reader(None, 75).limit == 75
+    put_in_cache(hub, CLIP, shared_tokenizer)
+    reader = caption_reader(None, 150)
+    assert reader.exact and reader.limit == 150 and CLIP in reader.name
+    assert reader.count(["a photo of a cat", ""]) == [5, 0]
+
+
+@pytest.fixture
+def shared_tokenizer():
+    folder = Path(__file__).parents[2] / "shared" / "data" / "clip-tokenizer"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    return folder
+
+
+def test_models_that_are_not_here(recipe, hub, sd, capsys, monkeypatch):
+    named = recipe(model={"base": "someone/model", "vae": "someone/vae"})
+    code, values = checked(capsys, named)
+    assert code == 1 and kinds(values)["model"]["level"] == "fatal" and kinds(values)["model"]["count"] == 2
+    assert "hf download someone/model" in kinds(values)["model"]["do"]
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("sdtune.local_models.unreachable", lambda endpoint: "")
+    code, values = checked(capsys, named)
+    assert code == 0 and kinds(values)["model"]["level"] == "warning" and "downloads" in kinds(values)["model"]["do"]
+
+    snapshot = put_in_cache(hub, "someone/model", sd)
+    put_in_cache(hub, "someone/vae", sd / "vae")
+    assert all(each.here for each in named_models(load(named)))
+    assert not model_findings(named_models(load(named)))
+    shutil.rmtree(snapshot / "unet")
+    (found,) = model_findings(named_models(load(named)))
+    assert found.names == ("model.base 'someone/model' (lacks unet)",)
+
+
+def test_a_folder_that_lacks_a_part(recipe, sd, tmp_path, capsys):
+    base = shutil.copytree(sd, tmp_path / "base")
+    next((base / "text_encoder").glob("*.safetensors")).unlink()
+    code, values = checked(capsys, recipe(model={"base": str(base)}))
+    assert code == 1 and kinds(values)["model incomplete"]["names"] == [f"model.base '{base}' lacks text_encoder"]
