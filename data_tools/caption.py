@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,7 @@ def _run(
     workers: int | None,
 ) -> dict[str, Any]:
     """What each process does; the main one returns the result."""
-    with distributed.main_first():
+    with _main_first():
         source = read_folder(folder, without=place)
         target = source if place == folder else read_folder(place)
         if not source.pictures and not source.bad_names:
@@ -127,10 +128,13 @@ def _caption(
     """Captions the pictures of this process into its journal; `among` is the number of pictures in the folder."""
     import torch
     from tqdm import tqdm
+    from transformers.utils import logging
 
     from data_tools.captioner import Captioner, choose_device
 
-    with distributed.main_first():  # a download happens once
+    logging.set_verbosity_error()  # it warns at each batch of tokens and lengths that are as they should be
+
+    with _main_first():  # a download happens once
         captioner = Captioner(wanted, choose_device())
     # The same in each process and after each stop, for captions must not depend on it.
     size = min(batch_size or (ON_GPU if captioner.device.type == "cuda" else ON_CPU), among)
@@ -220,6 +224,17 @@ def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
             batch, good = [], 0
     if batch:
         yield batch
+
+
+@contextmanager
+def _main_first() -> Iterator[None]:
+    """The main process runs the block, then the others do. If it fails there, the launcher ends those that wait."""
+    main = distributed.is_main()
+    if not main:
+        distributed.barrier()
+    yield
+    if main:
+        distributed.barrier()
 
 
 def _summary(result: dict[str, Any]) -> str:

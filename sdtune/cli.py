@@ -225,6 +225,48 @@ def coco(
     _end_with(run, debug)
 
 
+@app.command()
+def caption(
+    pictures: Annotated[Path, typer.Argument(metavar="PICTURES", help="Folder of pictures, with its sub-folders.")],
+    out: Annotated[Path | None, typer.Option(help="New folder for captions and links; else beside PICTURES.")] = None,
+    kind: Annotated[str, typer.Option("--format", help="jsonl, txt (one a picture) or parquet.")] = "jsonl",
+    model: Annotated[
+        str, typer.Option(help="Hub id or folder of a captioner, or tiny.")
+    ] = "Salesforce/blip-image-captioning-base",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    prompt: Annotated[str, typer.Option(help="Words that the model goes on from; they are cut off again.")] = "",
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Beams of the search; 3 unless told.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length of a caption at most.")] = 40,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw the words at random.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Of --sample; 1 unless told.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of --sample; 0.9 unless told.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of --sample.")] = 0,
+    captions: Annotated[int, typer.Option(min=1, help="Captions for each picture.")] = 1,
+    prefix: Annotated[str, typer.Option(help="Words before each caption.")] = "",
+    trigger: Annotated[str, typer.Option(help='Such as "sks dog": before the caption, with a comma.')] = "",
+    suffix: Annotated[str, typer.Option(help="Words after each caption.")] = "",
+    background: Annotated[str, typer.Option(help="Colour behind transparent pictures.")] = "white",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Caption anew what has captions.")] = False,
+    precision: Annotated[str, typer.Option(help="auto (half on a GPU), fp32, bf16 or fp16.")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures at a time; 32 on a GPU, else 8.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode pictures.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Open weights that are a pickle.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Caption a folder of pictures. Given again after a stop, it goes on. Exit code 1 if a picture was rejected."""
+    options = {name: value for name, value in locals().items() if name not in ("pictures", "debug")}
+
+    def run() -> int:
+        from data_tools.caption import command
+        from sdtune.libraries import prepare
+
+        prepare()
+        return command(pictures, **options)
+
+    _end_with(run, debug)
+
+
 @recipes_app.command("ls")
 def recipes_ls(debug: Debug = False) -> None:
     """List the shipped recipes."""
