@@ -1,6 +1,7 @@
 """What the settings of a recipe demand of each other and of this machine, checked before any work starts."""
 
 from collections.abc import Iterator
+from glob import glob, has_magic
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -152,15 +153,30 @@ def _source(source: DataSource, number: int) -> Iterator[Fault]:
         yield "generate", "pictures are drawn into a folder, got a hub data set; set path"
     if source.prompts is not None and not Path(resolve_asset(source.prompts)).is_file():
         yield "prompts", f"'{source.prompts}' does not exist; expected a text file with one prompt a line"
-    if source.path is not None and not source.generate and not Path(resolve_asset(source.path)).is_dir():
+    if source.path is not None and not source.generate and not _could_be_data(source.path):
         exists = Path(resolve_asset(source.path)).exists()
-        what = "is a file, expected a folder" if exists else "does not exist"
+        what = "is a file, expected a folder, .tar shards or .parquet files" if exists else "does not exist"
         yield "path", f"'{source.path}' {what}; name a folder of pictures and metadata.jsonl: data.{number}.path=FOLDER"
 
 
+def _could_be_data(name: str) -> bool:
+    """Whether a name is a folder, an archive, a pattern that finds some, or has the form of a hub id."""
+    path = Path(resolve_asset(name))
+    if path.exists():
+        return path.is_dir() or _is_archive(name)
+    return any(map(_is_archive, glob(str(path)))) if has_magic(name) else looks_like_hub_id(name)
+
+
+def _is_archive(name: str) -> bool:
+    return name.lower().endswith((".tar", ".parquet"))
+
+
 def _has_captions(source: DataSource) -> bool:
-    """Whether the captions come from the data set itself."""
-    return source.hub is not None or any(Path(resolve_asset(source.path or "")).glob("**/metadata.*"))
+    """Whether the captions come from the data set itself, as far as a look at its names tells."""
+    path = Path(resolve_asset(source.path or ""))
+    if source.hub is not None or not path.is_dir():
+        return True
+    return any(next(path.rglob(pattern), None) for pattern in ("metadata.*", "*.txt", "*.tar", "*.parquet"))
 
 
 def _measurements(recipe: Recipe) -> Iterator[Fault]:

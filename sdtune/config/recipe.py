@@ -79,10 +79,12 @@ class Drawing(Section):
 
 
 class DataSource(Section):
-    """Pictures: a folder on this machine or a data set on the hub. Exactly one of `path` and `hub`."""
+    """Pictures, on this machine or on the hub. Exactly one of `path` and `hub`."""
 
     path: str | None = Field(
-        None, description="Folder with pictures and metadata.jsonl; assets:demo is the set that ships with sdtune."
+        None,
+        description="Folder of pictures with metadata.jsonl, .csv or .txt files, WebDataset shards, parquet files, or "
+        "a hub id; assets:demo is the set that ships with sdtune.",
     )
     hub: str | None = Field(None, description="Id of a data set on the hub.")
     split: str = Field("train", description="Split of the data set.")

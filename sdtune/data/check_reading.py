@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from sdtune.data.folder import METADATA_FILES, captions_of, splits_of
+from sdtune.data.captions import captions_of
+from sdtune.data.folder import METADATA_FILES, splits_of
 from sdtune.data.metadata import is_picture, list_files
 from sdtune.data.picture import Picture
 from sdtune.data.sources import Role, Source

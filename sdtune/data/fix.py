@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sdtune.data.captions import captions_of
 from sdtune.data.check import Report, Seen
 from sdtune.data.check_reading import Reading, Row, leads_out
-from sdtune.data.folder import captions_of
 from sdtune.data.metadata import is_picture, write_rows
 from sdtune.errors import DataError, UsageError
 

@@ -1,4 +1,4 @@
-"""Pictures and captions of a local folder, in the imagefolder layout of HF `datasets`.
+"""Pictures and captions of a local folder: the imagefolder layout of HF `datasets`, or `.txt` files beside pictures.
 
 `datasets` reads the metadata files; it looks at no picture, so that a folder of 100,000 loads in seconds. What it lets
 pass (rows without picture, pictures without row) is checked here.
@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sdtune.data.captions import captions_of, some
 from sdtune.data.metadata import METADATA, is_picture, list_files, read_rows
 from sdtune.data.picture import Picture
+from sdtune.data.sidecars import sidecar_captions
 from sdtune.errors import DataError
 
 METADATA_FILES = (METADATA, "metadata.csv", "metadata.parquet")
@@ -40,10 +42,17 @@ def folder_pictures(
             f"{folder} holds no pictures; expected files such as .jpg, .png or .webp. Put some in, or give another "
             f"folder with: {key}.path=FOLDER"
         )
-    if not metadata:
-        if prompt is None:
-            raise DataError(_no_captions(folder, f"{folder} has no {METADATA}, so its pictures have no captions", key))
+    if not metadata and prompt is not None:
         return [_picture(folder, name, (prompt,), 1.0) for name in pictures]
+    if not metadata:
+        captions = sidecar_captions(folder, pictures, set(files))
+        without = [name for name in pictures if not captions[name]]
+        if len(without) == len(pictures):
+            what = f"{folder} has neither {METADATA} nor .txt files, so its pictures have no captions"
+            raise DataError(_no_captions(folder, what, key))
+        if without:
+            raise DataError(_no_captions(folder, f"{folder}: {some(without)} without caption in a .txt file", key))
+        return [_picture(folder, name, captions[name], 1.0) for name in pictures]
 
     table = _Rows(folder, metadata, image_column, text_column if prompt is None else None, key)
     _refuse_missing(folder, table.captions, set(files))
@@ -53,7 +62,7 @@ def folder_pictures(
         return [_picture(folder, name, (prompt,), table.weights.get(name, 1.0)) for name in names]
     without = [name for name, captions in table.captions.items() if not captions] + unlisted
     if without:
-        raise DataError(_no_captions(folder, f"{folder}: {_some(without)} without caption", key))
+        raise DataError(_no_captions(folder, f"{folder}: {some(without)} without caption", key))
     return [
         _picture(folder, name, tuple(captions), table.weights.get(name, 1.0))
         for name, captions in table.captions.items()
@@ -92,12 +101,6 @@ class _Rows:
                     f"{folder / files[0]} gives {name} the weights {self.weights[name]} and {weight}; expected one "
                     "weight a picture: make them equal in all its rows."
                 )
-
-
-def captions_of(text: Any) -> list[str]:
-    """The captions in one cell: a text, a list of texts, or nothing. Stray spaces go, and blank captions with them."""
-    texts = text if isinstance(text, (list, tuple)) else [text]
-    return [str(caption).strip() for caption in texts if caption is not None and str(caption).strip()]
 
 
 def _read_columns(folder: Path, files: list[str]) -> tuple[dict[str, list[Any]], set[str]]:
@@ -199,17 +202,9 @@ def _refuse_missing(folder: Path, names: Iterable[str], files: set[str]) -> None
     missing = [name for name in names if name not in files and not (folder / name).is_file()]
     if missing:
         raise DataError(
-            f"{folder}: {_some(missing)} named in its metadata but not there; put the files back, or take their rows "
+            f"{folder}: {some(missing)} named in its metadata but not there; put the files back, or take their rows "
             "away."
         )
-
-
-def _some(names: list[str]) -> str:
-    """The first five of the names, and how many there are."""
-    if len(names) == 1:
-        return f"1 picture, {names[0]}, is"
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{len(names)} pictures, {', '.join(names[:5])}{more}, are"
 
 
 def _no_captions(folder: Path, what: str, key: str) -> str:

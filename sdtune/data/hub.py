@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtune.data.folder import captions_of
+from sdtune.data.captions import captions_of
 from sdtune.data.picture import Picture
 from sdtune.errors import DataError, HubError
 from sdtune.hub_access import hub_fault

@@ -1,7 +1,8 @@
-"""Where the pictures of a run come from: folders, or data sets of the Hub.
+"""Where the pictures of a run come from: folders, archives, or data sets of the Hub.
 
     source = load_source(path="photos")                         # pictures and their metadata.jsonl
     source = load_source(path="photos", prompt="a sks dog")     # pictures alone
+    source = load_source(path="shards")                         # WebDataset tar files, or parquet files: not unpacked
     source = load_source(hub="someone/pokemon", text_column="caption")
 
 Nothing is decoded here: a picture is its name, its captions and a way to read its bytes.
@@ -13,7 +14,12 @@ from typing import Literal
 
 from sdtune.data.folder import folder_pictures
 from sdtune.data.hub import hub_pictures
+from sdtune.data.layouts import PARQUET, archives
+from sdtune.data.parquet import parquet_pictures
 from sdtune.data.picture import Picture
+from sdtune.data.shards import shard_pictures
+from sdtune.errors import HubError
+from sdtune.hub_access import looks_like_hub_id
 
 Role = Literal["instance", "class", "validation"]
 
@@ -51,9 +57,11 @@ def load_source(
     """Finds the pictures of one entry of a recipe's `data` and their captions.
 
     Args:
-        path: a local folder, read by the rules of datasets' imagefolder.
+        path: a local folder: pictures with a metadata.jsonl, .csv or .parquet (datasets' imagefolder), with .txt files
+            beside them, or alone; a folder, file or pattern of WebDataset shards (.tar) or parquet files. What is
+            not there and has the form of a hub id is taken as one.
         hub: id of a data set on the Hub; give this or `path`.
-        split: part of the data set; of a folder, its sub-folder of that name.
+        split: part of the data set; of a folder, its sub-folder or files of that name.
         image_column, text_column: where pictures and captions are.
         prompt: caption of every picture; captions of its own are then not needed, nor used.
         role, repeats, weight: kept in the Source.
@@ -65,8 +73,17 @@ def load_source(
     """
     if (path is None) == (hub is None):
         raise ValueError(f"expected either path or hub, got path={path!r} and hub={hub!r}")
-    if path is not None:
-        pictures = folder_pictures(Path(path), split, image_column, text_column, prompt, key)
-    else:
+    if path is None:
         pictures = hub_pictures(str(hub), split, image_column, text_column, prompt, key)
+    elif not Path(path).exists() and looks_like_hub_id(str(path)):
+        try:
+            pictures = hub_pictures(str(path), split, image_column, text_column, prompt, key)
+        except HubError as fault:
+            raise HubError(f"'{path}' is no folder here, and taken as an id of the Hub: {fault}") from fault
+    elif not (files := archives(Path(path), split)):
+        pictures = folder_pictures(Path(path), split, image_column, text_column, prompt, key)
+    elif files[0].suffix.lower() == PARQUET:
+        pictures = parquet_pictures(files, image_column, text_column, prompt, key)
+    else:
+        pictures = shard_pictures(files, text_column, prompt, key)
     return Source(tuple(pictures), role, repeats, weight)

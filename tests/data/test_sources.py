@@ -140,7 +140,8 @@ def test_faults_of_a_folder(make_folder, tmp_path):
         load_source(path=tmp_path / "empty")
     with pytest.raises(DataError, match=r"notes\.txt is a file; expected a folder"):
         load_source(path=tmp_path / "empty" / "notes.txt")
-    with pytest.raises(DataError, match=r"has no metadata\.jsonl, so its pictures have no captions; .*data\.0\.prompt"):
+    match = r"has neither metadata\.jsonl nor \.txt files, so its pictures have no captions; .*data\.0\.prompt"
+    with pytest.raises(DataError, match=match):
         load_source(path=make_folder("plain", {"a.png": []}))
 
 

@@ -1,0 +1,28 @@
+"""Captions as they stand in a cell of a table, and the fault when there are none."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sdtune.errors import DataError
+
+
+def captions_of(text: Any) -> list[str]:
+    """The captions in one cell: a text, a list of texts, or nothing. Stray spaces go, and blank captions with them."""
+    texts = text if isinstance(text, (list, tuple)) else [text]
+    return [str(caption).strip() for caption in texts if caption is not None and str(caption).strip()]
+
+
+def no_captions(where: str, names: Sequence[str], expected: str, key: str) -> DataError:
+    """Pictures without caption; `expected` says where one would stand."""
+    return DataError(
+        f"{where}: {some(names)} without caption; expected {expected}. Give all pictures one caption with: "
+        f"{key}.prompt='a photo of sks dog', or write a copy without them: sdtune check {where} --fix OUT"
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first five of the names, and how many there are."""
+    if len(names) == 1:
+        return f"1 picture, {names[0]}, is"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{len(names)} pictures, {', '.join(names[:5])}{more}, are"

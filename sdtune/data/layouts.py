@@ -1,0 +1,48 @@
+"""How a path holds its data set: a folder of pictures, tar shards, or parquet files."""
+
+import re
+from glob import glob, has_magic
+from pathlib import Path
+
+from sdtune.data.folder import METADATA_FILES, SPLITS
+from sdtune.data.metadata import is_picture, list_files
+
+TAR, PARQUET = ".tar", ".parquet"
+
+
+def archives(path: Path, split: str) -> list[Path]:
+    """The tar shards or the parquet files that a path stands for; none where it is a folder of pictures.
+
+    Args:
+        path: one such file, a pattern such as shards/*.tar, or a folder. A folder with pictures or metadata is taken
+            as such; shards go before parquet files, which img2dataset writes beside them.
+        split: of files that carry the names of splits, as those of the Hub do, the ones of this split.
+    """
+    if path.is_file():
+        return [path] if path.suffix.lower() in (TAR, PARQUET) else []
+    if not path.exists() and has_magic(str(path)):
+        return [Path(file) for file in sorted(glob(str(path))) if Path(file).suffix.lower() in (TAR, PARQUET)]
+    if not path.is_dir():
+        return []
+    names = list_files(path)
+    if any(is_picture(name) or name.rpartition("/")[2] in METADATA_FILES for name in names):
+        return []
+    for suffix in (TAR, PARQUET):
+        found = [name for name in names if name.lower().endswith(suffix)]
+        if found:
+            return [path / name for name in _of_split(found, split)]
+    return []
+
+
+def _of_split(names: list[str], split: str) -> list[str]:
+    """Those whose file or folder is named after the split; all where no name tells of one."""
+    splits = {name: _split(name) for name in names}
+    return [name for name in names if splits[name] == split] if any(splits.values()) else names
+
+
+def _split(name: str) -> str | None:
+    for part in name.split("/")[:-1]:
+        if part in SPLITS:
+            return part
+    word = re.split(r"[-_.]", name.rpartition("/")[2])[0]  # train-00000-of-00002.parquet
+    return word if word in SPLITS else None

@@ -1,0 +1,90 @@
+"""Pictures inside of parquet files, as HF `datasets` and img2dataset write them.
+
+The captions are read at once; of the pictures only the row group in which one stands, when it is asked for. Nothing is
+copied to a cache. Files of many rows a group are slow that way: datasets writes about 100 pictures a group.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from sdtune.data.captions import captions_of, no_captions
+from sdtune.data.picture import Picture
+from sdtune.errors import DataError
+
+KEPT = 4  # row groups that stay in memory
+
+
+def parquet_pictures(
+    files: Sequence[Path], image_column: str, text_column: str, prompt: str | None, key: str
+) -> list[Picture]:
+    """The pictures of the files, in the order of their rows.
+
+    Args:
+        files: parquet files of one kind.
+        image_column: pictures: encoded bytes, or datasets' struct of bytes and path.
+        text_column: captions; a cell with a list of texts holds several.
+        prompt: caption of every picture in place of their own. key: of the source in its recipe, for messages.
+
+    Raises:
+        DataError: a file is damaged, a column is missing, or a row has no caption.
+    """
+    pictures, without = [], []
+    for file in files:
+        opened = _open(file)
+        _check_columns(file, opened, image_column, None if prompt is not None else text_column, key)
+        origin = str(file.resolve().parent)
+        for group in range(opened.num_row_groups):
+            rows = opened.metadata.row_group(group).num_rows
+            if prompt is not None:
+                captions = [(prompt,)] * rows
+            else:
+                texts = opened.read_row_group(group, columns=[text_column]).column(0).to_pylist()
+                captions = [tuple(captions_of(text)) for text in texts]
+            for row, some in enumerate(captions):
+                name = f"{file.name}/{group}-{row:06d}"
+                if not some:
+                    without.append(name)
+                pictures.append(Picture(name, some, 1.0, partial(_cell, str(file), group, image_column, row), origin))
+    if not pictures:
+        raise DataError(f"{files[0]} and the files beside it have no rows; expected one a picture")
+    if without:
+        raise no_captions(str(files[0].parent), without, f"a text in the column {text_column!r}", key)
+    return pictures
+
+
+def _open(file: Path) -> Any:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return ParquetFile(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{file} cannot be read as a parquet file ({error}); fetch or write it again") from error
+
+
+def _check_columns(file: Path, opened: Any, image_column: str, text_column: str | None, key: str) -> None:
+    known = opened.schema_arrow.names
+    for which, column in (("image_column", image_column), ("text_column", text_column)):
+        if column is not None and column not in known:
+            raise DataError(
+                f"{file} has no column {column!r}; it has: {', '.join(known)}. Name the right one with: "
+                f"{key}.{which}=COLUMN"
+            )
+
+
+@lru_cache(maxsize=KEPT)
+def _group(file: str, group: int, column: str) -> Any:
+    return _open(Path(file)).read_row_group(group, columns=[column]).column(0)
+
+
+def _cell(file: str, group: int, column: str, row: int) -> bytes | str:
+    cell = _group(file, group, column)[row].as_py()
+    if isinstance(cell, dict):
+        content, path = cell.get("bytes"), cell.get("path")
+        cell = content or (path and os.path.join(os.path.dirname(file), path))
+    if not isinstance(cell, (bytes, str)) or not cell:
+        raise DataError(f"{file}, row {row} of group {group}: {column!r} holds no picture")
+    return cell
