@@ -163,12 +163,18 @@ def _read(file: Path) -> Iterable[Row]:
     try:
         if file.suffix == ".csv":
             with open(file, encoding="utf-8-sig", newline="") as lines:
-                return [dict(row) for row in csv.DictReader(lines)]
+                return [_from_csv(row) for row in csv.DictReader(lines)]
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(file).to_pylist()
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"'{file}' cannot be read ({error}); mend it, or move it away") from error
+
+
+def _from_csv(row: dict[str, Any]) -> Row:
+    """Without empty cells, and with the weight as a number."""
+    cells = {key: value for key, value in row.items() if value not in ("", None)}
+    return cells | {"weight": float(cells["weight"])} if "weight" in cells else cells
 
 
 def other_files(row: Row) -> list[tuple[str, str]]:

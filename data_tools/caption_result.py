@@ -44,7 +44,7 @@ def finish(source: Folder, whole: Folder, place: Path, kind: str, wanted: Settin
     if rows:
         write_result(place, kind, rows, beside)
     write_rejected(place, rejected)
-    if captions or not beside:
+    if captions or not (beside or (place / REPORT).is_file()):  # a result in a folder of its own always has one
         run = _report(wanted, kind, journal.job["started"], len(captions), len(rejected))
         add_report(place, run, alone=wanted.overwrite)
     journal.remove()
@@ -68,13 +68,13 @@ def merge(source: Folder, captioned: dict[str, list[str]], *, rows_stay: bool) -
     merged: dict[str, list[Row]] = {}
     for name in dict.fromkeys((*source.rows, *source.pictures)):
         rows = source.rows.get(name, [])
-        if name in captioned:
-            first = {key: value for key, value in (rows or [{}])[0].items() if key not in ("file_name", "text")}
-            merged[name] = [{"file_name": name, "text": text, **first} for text in captioned[name]]
-        elif texts := source.texts(name):
-            with_text = [row for row in rows if text_of(row)]
-            first = {key: value for key, value in (rows or [{}])[0].items() if key not in ("file_name", "text")}
-            merged[name] = with_text or [{"file_name": name, "text": text, **first} for text in texts]
+        texts = captioned.get(name) or source.texts(name)
+        with_text = [row for row in rows if text_of(row)]
+        if name not in captioned and with_text:
+            merged[name] = with_text
+        elif texts:
+            others = {key: value for key, value in (rows or [{}])[0].items() if key not in ("file_name", "text")}
+            merged[name] = [{"file_name": name, "text": text, **others} for text in texts]
         elif rows_stay and rows:
             merged[name] = rows
     return merged
@@ -99,10 +99,12 @@ def write_result(out: Path, kind: str, rows: dict[str, list[Row]], beside: bool)
         import pyarrow
         import pyarrow.parquet
 
-        content = io.BytesIO()
-        table = pyarrow.Table.from_pylist([row for some in rows.values() for row in some])
-        pyarrow.parquet.write_table(table, content)
-        write_atomically(out / FORMATS[kind], content.getvalue())
+        flat = [row for some in rows.values() for row in some]
+        columns = dict.fromkeys(key for row in flat for key in row)
+        table = pyarrow.table({key: [row.get(key) for row in flat] for key in columns})
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(table, buffer)
+        write_atomically(out / FORMATS[kind], buffer.getvalue())
     else:
         write_rows(out, (row for some in rows.values() for row in some))
 

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 
 SIZE = 32  # pixels
-WORDS = "a an the picture of dog cat red blue house on and with two tree sea boat near small sky".split()
+WORDS = [
+    *("a", "an", "the", "picture", "of", "dog", "cat", "red", "blue", "house", "on"),
+    *("and", "with", "two", "tree", "sea", "boat", "near", "small", "sky"),
+]
 PICTURES = {"size": {"height": SIZE, "width": SIZE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 VISION = {
     "image_size": SIZE,

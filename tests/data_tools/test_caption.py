@@ -47,7 +47,8 @@ def test_the_command_line(fill, blip):
 
     photos = fill("a.png")
     arguments = ["caption", str(photos), "--out", str(photos.parent / "set"), "--model", str(blip), "--json"]
-    arguments += ["--trigger", "sks dog", "--max-tokens", "3", "--num-beams", "2", "--batch-size", "1", "--workers", "1"]
+    arguments += ["--trigger", "sks dog", "--max-tokens", "3", "--num-beams", "2", "--batch-size", "1"]
+    arguments += ["--workers", "1"]
     answer = CliRunner().invoke(app, arguments)
     assert answer.exit_code == 0, answer.stderr
     result = json.loads(answer.stdout)
@@ -64,7 +65,7 @@ def test_another_folder_links_to_the_pictures_and_opens_everywhere(fill, blip, t
     (photos / "bad.png").write_bytes(b"")
     assert command(photos, out=out, model=str(blip), captions=2) == 1
     assert os.path.samefile(photos / "sub/b.png", out / "sub/b.png")
-    assert not (photos / "metadata.jsonl").exists() and not (out / "bad.png").exists() and not (out / ".caption").exists()
+    assert not any(path.exists() for path in (photos / "metadata.jsonl", out / "bad.png", out / ".caption"))
     assert [row["file_name"] for row in rows(out)] == ["a.png"] * 2 + ["sub/b.png"] * 2
     opened = datasets.load_dataset("imagefolder", data_dir=str(out), split="train", cache_dir=str(tmp_path / "cache"))
     assert opened["text"] == [row["text"] for row in rows(out)] and opened[3]["image"].size == (40, 30)
@@ -80,10 +81,13 @@ def test_text_files_and_parquet(fill, blip, tmp_path):
     assert command(photos, out=tmp_path / "set", model=str(blip)) == 0
     expected = texts(tmp_path / "set")
     assert command(photos, out=tmp_path / "columns", model=str(blip), kind="parquet") == 0
+    fill("a0.png")
+    assert command(photos, out=tmp_path / "columns", model=str(blip), kind="parquet") == 0  # goes on with its own
+    (photos / "a0.png").unlink()
     opened = datasets.load_dataset(
         "imagefolder", data_dir=str(tmp_path / "columns"), split="train", cache_dir=str(tmp_path / "cache")
     )
-    assert opened["text"] == list(expected.values())
+    assert opened["text"][:2] == list(expected.values()) and len(opened) == 3
     assert command(photos, model=str(blip), kind="txt") == 0
     assert (photos / "sub/b.txt").read_text(encoding="utf-8") == expected["sub/b.png"] + "\n"
     assert not (photos / "metadata.jsonl").exists()
@@ -199,11 +203,11 @@ def test_where_it_cannot_work(fill, blip, tmp_path):
         command(photos, out=photos / "a.png", model=str(blip))
     with pytest.raises(UsageError, match="--format: got 'xml', expected one of jsonl, txt, parquet"):
         command(photos, kind="xml")
-    (photos / "metadata.csv").write_text("file_name,text\na.png,mine\n")
+    (photos / "metadata.csv").write_text("file_name,text,weight\na.png,mine,2\n")
     with pytest.raises(UsageError, match="metadata.csv' has captions already.*--out"):
         command(photos, model=str(blip))
     assert command(photos, out=photos / "inside", model=str(blip)) == 0
-    assert texts(photos / "inside") == {"a.png": "mine"}
+    assert rows(photos / "inside") == [{"file_name": "a.png", "text": "mine", "weight": 2.0}]
     assert command(photos, out=photos / "inside", model=str(blip)) == 0  # its own pictures are not taken for new ones
     assert texts(photos / "inside") == {"a.png": "mine"}
 
