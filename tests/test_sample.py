@@ -92,7 +92,7 @@ def test_a_run_that_is_not_finished_draws_with_its_last_checkpoint(runs: dict[st
     run = tmp_path / "run"
     shutil.copytree(runs["full"].folder.path, run)
     shutil.rmtree(run / "final")
-    expected = pictures(open_model(str(run / "checkpoints" / "step-000002" / "weights"), device=CPU))
+    expected = pictures(open_model(str(run / "checkpoints" / "step-000003" / "weights"), device=CPU))
     assert_same(pictures(open_model(str(run), device=CPU)), expected)
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(WeightsError, match="neither final/ nor a checkpoint yet; .*--resume"):

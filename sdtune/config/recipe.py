@@ -20,7 +20,9 @@ class ModelSettings(Section):
 
     family: str = Field("stable-diffusion", description="Kind of model: a name of sdtune.families.FAMILIES.")
     base: str | None = Field(
-        None, description="Where to start: a hub id, a diffusers folder, or `tiny`, the small model that comes along."
+        None,
+        description="Where to start: a hub id, a diffusers folder, a single .safetensors file (SD 1.x), or `tiny`, the "
+        "small model that comes along.",
     )
     from_config: dict[str, Part] | None = Field(
         None,

@@ -38,6 +38,7 @@ def parquet_pictures(
         origin = str(file.resolve().parent)
         for group in range(opened.num_row_groups):
             rows = opened.metadata.row_group(group).num_rows
+            captions: list[tuple[str, ...]]
             if prompt is not None:
                 captions = [(prompt,)] * rows
             else:
