@@ -80,7 +80,8 @@ def _names(recipe: Recipe) -> Iterator[Fault]:
 def _start(recipe: Recipe) -> Iterator[Fault]:
     model = recipe.model
     if model.base is None and model.from_config is None:
-        yield "model.base", "missing; expected a hub id, a diffusers folder, a .safetensors file or tiny (from scratch: model.from_config)"
+        expected = "a hub id, a diffusers folder, a .safetensors file or tiny (from scratch: model.from_config)"
+        yield "model.base", f"missing; expected {expected}"
     if model.base is not None and model.from_config is not None:
         yield "model.base", "got both model.base and model.from_config, expected one of them"
 
