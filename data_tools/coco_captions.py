@@ -1,13 +1,14 @@
 """The captions of a COCO file, by picture, and which of them are taken. Draws depend on seed and picture alone."""
 
 import hashlib
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from data_tools.coco_json import Caption, CocoJson, Scalar
 from data_tools.coco_pictures import Pictures, Rejected
 from sdtune.errors import UsageError
 
+TABLE = 1 << 20  # COCO's picture ids are below
 RULES = "all, first, longest, join or random:SEED, such as random:0"
 
 
@@ -40,25 +41,18 @@ def read_captions(
     for id_, picture in pictures.items():
         texts[id_] = texts.get(picture.id, [])
     seen: set[Scalar] = set()
+    look_up = _look_up(texts)
     for part in source.objects("annotations", Caption, rejected.broken):
         ids = {caption.id for caption in part}
-        if len(ids) < len(part) or not seen.isdisjoint(ids):
-            part = [caption for caption in part if _is_new(caption, seen, rejected)]
-        else:
+        new = [(caption.caption or "").strip() for caption in part]
+        places = list(map(look_up, [caption.image_id for caption in part]))
+        fine = len(ids) == len(part) and seen.isdisjoint(ids) and all(new) and not places.count(None)
+        if fine and _is_text("".join(new)):  # so are nearly all parts; loops without conditions are twice as fast
             seen |= ids
-        for caption in part:
-            picture_id = caption.image_id
-            text = (caption.caption or "").strip()
-            if picture_id in texts and text and text.isascii():  # nearly all of them
-                texts[picture_id].append(text)
-            elif picture_id not in known:
-                rejected.add("caption of an unknown picture", id=caption.id, image_id=picture_id, caption=text)
-            elif not text:
-                rejected.add("empty caption", id=caption.id, image_id=picture_id)
-            elif not _is_text(text):
-                rejected.add("caption is no text", id=caption.id, image_id=picture_id, caption=text)
-            elif picture_id in texts:
-                texts[picture_id].append(text)
+            for place, text in zip(places, new, strict=True):
+                place.append(text)
+        else:
+            _one_by_one(part, texts, seen, known, rejected)
     return texts
 
 
@@ -75,13 +69,46 @@ def choose(texts: list[str], rule: str, seed: int, picture: Scalar) -> list[str]
     return [" ".join(text if text[-1] in ".!?" else f"{text}." for text in texts)]
 
 
-def _is_new(caption: Caption, seen: set[Scalar], rejected: Rejected) -> bool:
-    if caption.id in seen and caption.id is not None:
-        rejected.add("duplicate caption id", id=caption.id, image_id=caption.image_id, caption=caption.caption)
-        return False
-    seen.add(caption.id)
-    return True
+def _look_up(texts: dict[Scalar, list[str]]) -> Callable[[Any], Any]:
+    """`texts.get`; where all ids are whole numbers of COCO's size by a table, which takes half the time."""
+    if not texts or not all(type(id_) is int and 0 <= id_ < TABLE for id_ in texts):
+        return texts.get
+    table: list[list[str] | None] = [None] * TABLE
+    for id_, place in texts.items():
+        table[id_] = place  # type: ignore[index]
+    return lambda id_: table[id_] if type(id_) is int and 0 <= id_ < TABLE else None
+
+
+def _one_by_one(
+    part: list[Caption],
+    texts: dict[Scalar, list[str]],
+    seen: set[Scalar],
+    known: Mapping[Scalar, object],
+    rejected: Rejected,
+) -> None:
+    """Takes what is good of a part, and rejects the rest."""
+    for caption in part:
+        picture = caption.image_id
+        text = (caption.caption or "").strip()
+        what = {"id": caption.id, "image_id": picture}
+        if caption.id in seen and caption.id is not None:
+            rejected.add("duplicate caption id", **what, caption=text)
+            continue
+        seen.add(caption.id)
+        if picture not in known:
+            rejected.add("caption of an unknown picture", **what, caption=text)
+        elif not text:
+            rejected.add("empty caption", **what)
+        elif not _is_text(text):
+            rejected.add("caption is no text", **what, caption=text)
+        elif picture in texts:
+            texts[picture].append(text)
 
 
 def _is_text(text: str) -> bool:
-    return not re.search(r"[\ud800-\udfff]", text)
+    """Whether it can be written: a json may hold half a surrogate pair, UTF-8 may not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
