@@ -1,4 +1,4 @@
-"""Small image-to-text models with random weights, saved as a person would have them: BLIP, BLIP-2, GIT, ViT-GPT2."""
+"""Small image-to-text models with random weights, saved as a person would have them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +55,11 @@ def make_blip(folder: Path) -> Path:
         "sep_token_id": tokenizer.sep_token_id,
         "pad_token_id": 0,
     }
-    loud(BlipForConditionalGeneration(BlipConfig(vision_config=VISION, text_config=text))).save_pretrained(folder)
+    model = loud(BlipForConditionalGeneration(BlipConfig(vision_config=VISION, text_config=text)))
+    words = model.text_decoder.cls.predictions
+    for bias in (words.bias, words.decoder.bias):
+        bias.data[:6] = -100  # never ends by itself: an empty caption is a rejected picture
+    model.save_pretrained(folder)
     BlipProcessor(BlipImageProcessorPil(**PICTURES), tokenizer).save_pretrained(folder)
     return folder
 
@@ -142,9 +146,44 @@ def make_vit_gpt2(folder: Path) -> Path:
     return folder
 
 
+def make_llava(folder: Path) -> Path:
+    """A model that chats: its processor has a chat template."""
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    tokenizer = bert_tokenizer(folder, bos_token="[CLS]", eos_token="[SEP]")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id, "pad_token_id": 0}
+    text = LlamaConfig(**TEXT, vocab_size=len(tokenizer), max_position_embeddings=64, **ends)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(CLIPVisionConfig(**VISION), text, image_token_index=image, vision_feature_layer=-1)
+    loud(LlavaForConditionalGeneration(config)).save_pretrained(folder)
+    template = (
+        "{% for m in messages %}{% for c in m['content'] %}"
+        "{{ '<image>' if c['type'] == 'image' else ' ' + c['text'] }}{% endfor %}{% endfor %}"
+    )
+    pictures = PICTURES | {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+    LlavaProcessor(
+        CLIPImageProcessorPil(**pictures),
+        tokenizer,
+        patch_size=VISION["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    ).save_pretrained(folder)
+    return folder
+
+
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "blip": make_blip,
     "blip-2": make_blip2,
     "git": make_git,
     "vit-gpt2": make_vit_gpt2,
+    "llava": make_llava,
 }

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from data_tools.caption import command
 from sdtune.data.sources import load_source
-from sdtune.errors import DataError, UsageError
+from sdtune.errors import DataError, SdtuneError, UsageError
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 
@@ -69,9 +69,9 @@ def test_another_folder_links_to_the_pictures_and_opens_everywhere(fill, blip, t
     assert [row["file_name"] for row in rows(out)] == ["a.png"] * 2 + ["sub/b.png"] * 2
     opened = datasets.load_dataset("imagefolder", data_dir=str(out), split="train", cache_dir=str(tmp_path / "cache"))
     assert opened["text"] == [row["text"] for row in rows(out)] and opened[3]["image"].size == (40, 30)
-    assert {name: picture.captions for picture in load_source(path=str(out)) for name in [picture.name]} == {
-        name: tuple(row["text"] for row in rows(out) if row["file_name"] == name) for name in ("a.png", "sub/b.png")
-    }
+    assert [picture.captions for picture in load_source(path=str(out)).pictures] == [
+        tuple(row["text"] for row in rows(out) if row["file_name"] == name) for name in ("a.png", "sub/b.png")
+    ]
 
 
 def test_text_files_and_parquet(fill, blip, tmp_path):
@@ -177,13 +177,41 @@ def test_a_mended_folder_has_no_list_of_rejected_pictures(fill, blip):
     assert texts(photos).keys() == {"a.png", "b.png"} and not (photos / "rejected.jsonl").exists()
 
 
+def test_a_picture_that_the_model_says_nothing_about(fill, blip, monkeypatch):
+    from data_tools.captioner import Captioner
+
+    photos = fill("a.png", "b.png")
+    monkeypatch.setattr(Captioner, "write", lambda self, prepared, names, size: [["", "a dog"], [""]])
+    assert command(photos, model=str(blip), trigger="sks") == 1
+    assert texts(photos) == {"a.png": "sks, a dog"}
+    assert rejected(photos) == {"b.png": "the model wrote nothing about it"}
+
+
+def test_a_full_gpu_is_told_and_loses_nothing(fill, blip, monkeypatch):
+    import torch
+
+    from data_tools.captioner import Captioner
+
+    photos, write = fill("a.png", "b.png"), Captioner.write
+
+    def second_time(self: Captioner, prepared: Any, names: Any, size: int) -> Any:
+        if names == ["b.png"]:
+            raise torch.OutOfMemoryError
+        return write(self, prepared, names, size)
+
+    monkeypatch.setattr(Captioner, "write", second_time)
+    with pytest.raises(SdtuneError, match="the GPU's memory is full; try --batch-size 1.*is kept"):
+        command(photos, model=str(blip), batch_size=1)
+    assert (photos / ".caption/done-0.jsonl").read_bytes().count(b"\n") == 1
+
+
 def test_names_of_every_kind(fill, blip):
     names = ["ümläut 日本.png", "[glob]*?.png" if os.name == "posix" else "[glob].png", "quote'\".png", "UPPER.PNG"]
     names = [name for name in names if os.name == "posix" or '"' not in name]
     photos = fill(*names)
     assert command(photos, model=str(blip)) == 0
     assert texts(photos).keys() == set(names)
-    assert {picture.name for picture in load_source(path=str(photos))} == set(names)
+    assert {picture.name for picture in load_source(path=str(photos)).pictures} == set(names)
 
 
 def test_where_it_cannot_work(fill, blip, tmp_path):
