@@ -191,8 +191,8 @@ def test_the_trigger_is_what_class_prompts_lack(recipe, photos, tmp_path, capsys
 
 
 def test_a_copy_on_both_sides_of_the_held_out_part(recipe, photos, capsys):
-    shutil.copy(photos / "0.jpg", photos / "1.jpg")
-    shutil.copy(photos / "0.jpg", photos / "2.jpg")
+    for number in range(1, 6):
+        shutil.copy(photos / "0.jpg", photos / f"{number}.jpg")
     for fraction, found in [(0.0, False), (0.5, True)]:
         _, values = checked(capsys, recipe(validate={"fraction": fraction}), ["train.seed=1"])
         assert ("in training and validation" in kinds(values)) == found

@@ -101,9 +101,10 @@ def check(
     seen = [Seen(reading, picture, looks[picture.origin, picture.name]) for reading, picture in pairs]
     equal, alike = _twins(seen, threshold)
     validation = held_out(readings) if held_out is not None else set()
+    once = {(each.identity, each.picture.captions): each for each in reversed(seen)}  # a file may stand in two entries
     texts = [
         Captioned(each.name, each.picture.captions, each.reading.entry.prompt is None, _is_learnt(each, set()))
-        for each in seen
+        for each in reversed(once.values())
     ]
     findings = [
         *(finding for reading in readings for finding in _reading_findings(reading)),

@@ -136,7 +136,7 @@ def test_all_faults_are_told_at_once_the_worst_first(photos):
 def test_with_a_prompt_captions_are_not_asked_for(photos):
     empty_caption(photos)
     add_picture(photos)
-    report = look_through(photos, prompt="a photo of sks dog", reader=WORDS)
+    report = look_through(photos, prompt="a photo of sks dog", reader=lambda: WORDS)
     assert not report.findings and trains(photos, prompt="x") and len(report.pictures) == 7
 
 
