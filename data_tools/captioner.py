@@ -11,7 +11,7 @@ sampling come from the seed and the picture's name.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,10 @@ def _open(place: str, settings: Settings, dtype: torch.dtype) -> tuple[Any, Any,
     which = {} if local else {"revision": settings.revision}
     safe = {} if settings.allow_pickle else {"use_safetensors": True}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, **safe, **which)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            place, dtype=dtype, output_loading_info=True, **safe, **which
+        )
+        _refuse_missing(settings.model, report["missing_keys"])
         processor = AutoProcessor.from_pretrained(place, **which)
         if not hasattr(processor, "tokenizer"):  # ViT-GPT2 has the two parts, and nothing that joins them
             return model, AutoImageProcessor.from_pretrained(place, **which), _ending(
@@ -223,9 +226,9 @@ def _open(place: str, settings: Settings, dtype: torch.dtype) -> tuple[Any, Any,
     except SdtuneError:
         raise
     except Exception as error:  # transformers, safetensors, json and the Hub have their own kinds
-        if not local and not _cached(place, "config.json", settings.revision):
-            raise _not_there(settings.model, _line(error)) from error
         pickled = "safetensors" in str(error) and not settings.allow_pickle
+        if not local and isinstance(error, OSError) and not pickled:
+            raise _not_there(settings.model, _line(error)) from error
         raise WeightsError(
             f"'{settings.model}' cannot be opened as an image-to-text model: {_line(error)}. "
             + (
@@ -234,6 +237,16 @@ def _open(place: str, settings: Settings, dtype: torch.dtype) -> tuple[Any, Any,
                 else "Expected a folder or hub id of a captioner such as BLIP, BLIP-2, GIT or ViT-GPT2, or tiny"
             )
         ) from error
+
+
+def _refuse_missing(model: str, names: Iterable[str]) -> None:
+    """Raises WeightsError when tensors would be random. Poolers and position numbers take no part in captions."""
+    missing = sorted(name for name in names if "pooler" not in name and not name.endswith("position_ids"))
+    if missing:
+        raise WeightsError(
+            f"'{model}' has not all weights of a captioner: {len(missing)} tensors are missing, such as {missing[0]}. "
+            "It was made for another task, or its download is incomplete: fetch it anew, or give another --model"
+        )
 
 
 def _ending(model: Any, tokenizer: Any) -> Any:
@@ -256,19 +269,14 @@ def _not_there(model: str, fault: str) -> HubError:
     )
 
 
-def _cached(repo: str, file: str, revision: str | None) -> str | None:
-    """Path in the Hub's cache, if it is there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(repo, file, revision=revision)
-    return found if isinstance(found, str) else None
-
-
 def commit_of(model: str, revision: str | None) -> str | None:
     """Commit of a model of the Hub that is in the cache; none for a folder."""
-    place = resolve_model(model)
-    file = None if Path(place).is_dir() else _cached(place, "config.json", revision)
-    return Path(file).parent.name if file else None  # .../snapshots/COMMIT/config.json
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(resolve_model(model)).is_dir():
+        return None
+    file = try_to_load_from_cache(model, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None  # .../snapshots/COMMIT/config.json
 
 
 def _line(error: Exception) -> str:

@@ -121,11 +121,31 @@ def test_no_network_is_one_paragraph_that_says_what_to_do(monkeypatch, tmp_path)
     assert "\n" not in text and caught.value.exit_code == 1
 
 
+@pytest.mark.parametrize("name", ["./none", "a/b/c", "me/mine"])
+def test_a_model_that_nobody_has(name, monkeypatch):
+    monkeypatch.setattr("data_tools.captioner.hub_fault", lambda repo: "")  # as if the Hub answered
+    with pytest.raises(HubError, match=f"the captioner '{name}' is not here: .*`hf download {name}`"):
+        Captioner(Settings(model=name), CPU)
+
+
 def test_what_is_no_captioner(folders, tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(WeightsError, match="bert' cannot be opened as an image-to-text model.*Expected a folder"):
         Captioner(Settings(model=str(tmp_path / "bert")), CPU)
+
+
+def test_weights_that_are_missing(folders, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folders["blip"], tmp_path / "half")
+    tensors = load_file(tmp_path / "half/model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "crossattention" not in name}
+    save_file(kept, tmp_path / "half/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match="half' has not all weights of a captioner: .* such as .*crossattention"):
+        captions(tmp_path / "half")
 
 
 def test_pickles_only_when_told(folders, tmp_path):
