@@ -420,7 +420,10 @@ def test_what_a_killed_run_left_is_cleared_away(place):
 
 
 def test_a_run_that_fails_leaves_nothing(place, monkeypatch):
-    monkeypatch.setattr("data_tools.coco_files.shutil.copyfileobj", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    def full(*_: Any) -> None:
+        raise OSError(28, "full")
+
+    monkeypatch.setattr("data_tools.coco_files.shutil.copyfileobj", full)
     with pytest.raises(DataError, match=r"out cannot be written: full; make room"):
         place.build(images_mode="copy")
     assert not (place.folder / "out").exists() and not list(place.folder.glob(".*"))
