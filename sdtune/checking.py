@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sdtune.data.check_watch import watch
 from sdtune.data.folder import splits_of
 from sdtune.data.sources import Role, load_source
 from sdtune.errors import UsageError
+from sdtune.hub_access import looks_like_hub_id
 from sdtune.local_models import NamedModel, caption_reader, model_findings, named_models
 
 RESOLUTION, MAX_TOKENS = 512, 75  # where no recipe says otherwise
@@ -67,9 +69,11 @@ def command(
     written = write_fixed(report, fix)
     for entry in data_set_entries(str(fix), prompt, image_column or "image", text_column or "text"):
         entry.load()  # training takes the copy, or this says why not
-    copy = f"{fix}: {written['kept']} pictures, {written['dropped']} left out"
+    copy = f"{written['kept']} pictures, {written['dropped']} left out"
     facts = [_reading_fact(reader()), ("cleaned copy", copy)]
     _end(report, facts, {"fixed": {"out": str(fix), **written}}, target, as_json)
+    if not as_json:
+        print(f"training takes the cleaned copy: {fix}")
     return 0
 
 
@@ -82,13 +86,11 @@ def data_set_entries(target: str, prompt: str | None, image_column: str, text_co
     """What to check of a data set: a folder of splits has one entry for each. Raises UsageError."""
     columns = {"prompt": prompt, "image_column": image_column, "text_column": text_column}
     path = Path(resolve_asset(target))
-    if not path.exists():
-        if len(target.split("/")) != 2 or target.startswith((".", "~")):
-            raise UsageError(
-                f"'{target}' does not exist; expected a folder of pictures, a data set of the Hub (user/name), or a "
-                "recipe: a YAML file or a name of `sdtune recipes ls`"
-            )
-        return [Entry(partial(load_source, hub=target, **columns), **columns)]  # type: ignore[arg-type]
+    if not path.exists() and not has_magic(target) and not looks_like_hub_id(target):
+        raise UsageError(
+            f"'{target}' does not exist; expected a folder of pictures, shards or parquet files, a data set of the Hub "
+            "(user/name), or a recipe: a YAML file or a name of `sdtune recipes ls`"
+        )
     splits = splits_of(path) if path.is_dir() else []
     entries = []
     for split in sorted(splits, key=lambda name: name not in ("train", "training")) or ["train"]:

@@ -100,6 +100,8 @@ def test_a_cleaned_copy_ends_with_0(photos, tmp_path, capsys):
     assert code == 0 and values["fails"]
     assert values["fixed"] == {"out": str(tmp_path / "clean"), "kept": 5, "dropped": 1}
     assert checked(capsys, str(tmp_path / "clean"))[0] == 0
+    assert checking.command(str(photos), fix=tmp_path / "again") == 0
+    assert capsys.readouterr().out.endswith(f"training takes the cleaned copy: {tmp_path / 'again'}\n")
 
 
 def test_splits_of_a_folder_are_checked_together(tmp_path, capsys):
@@ -138,7 +140,7 @@ def test_a_data_set_of_the_hub(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "options", "says"),
     [
-        (["nothing"], {}, "'nothing' does not exist; expected a folder of pictures, a data set"),
+        (["nothing"], {}, "'nothing' does not exist; expected a folder of pictures, shards"),
         (["lora_tiny"], {"prompt": "x"}, "--prompt is for a data set, and 'lora_tiny' is a recipe"),
         (["lora_tiny"], {"fix": Path("out")}, "--fix cleans a data set.*sdtune check FOLDER --fix out"),
         (["photos", ["a=b"]], {}, "'a=b' is for a recipe, and 'photos' is a data set"),

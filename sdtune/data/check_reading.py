@@ -133,14 +133,25 @@ def _read_folder(reading: Reading, loaded: bool) -> None:
     pictures = [name for name in files if is_picture(name)]
     if not loaded:
         listed = reading.rows.keys() if entry.prompt is None else set()
-        captions = () if entry.prompt is None else (entry.prompt,)
         loose = [name for name in pictures if name not in listed and name not in others]
-        reading.pictures += [_picture(folder, name, captions) for name in loose]
+        reading.pictures += [_picture(folder, name, _loose_captions(reading, name, there)) for name in loose]
         reading.unreferenced = loose if reading.rows and entry.prompt is None else []
     elif reading.pictures and all(each.name in there for each in reading.pictures):  # not in shards or tables
         used = {each.name for each in reading.pictures}
         reading.unreferenced = [name for name in pictures if name not in used and name not in others]
     reading.links = _links_out(folder, pictures)
+
+
+def _loose_captions(reading: Reading, name: str, there: set[str]) -> tuple[str, ...]:
+    """Of a picture that no row names: the prompt, or its .txt file where there is no metadata."""
+    assert reading.folder is not None
+    if reading.entry.prompt is not None or reading.rows:
+        return () if reading.entry.prompt is None else (reading.entry.prompt,)
+    try:
+        return sidecar_captions(reading.folder, [name], there)[name]
+    except DataError as fault:
+        reading.bad_rows.append(str(fault))
+        return ()
 
 
 def _found(reading: Reading, name: str, rows: list[Row], there: set[str]) -> list[Picture]:
