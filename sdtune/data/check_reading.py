@@ -17,8 +17,9 @@ from sdtune.data.captions import captions_of
 from sdtune.data.folder import METADATA_FILES, splits_of
 from sdtune.data.metadata import is_picture, list_files
 from sdtune.data.picture import Picture
+from sdtune.data.sidecars import sidecar_captions
 from sdtune.data.sources import Role, Source
-from sdtune.errors import SdtuneError
+from sdtune.errors import DataError, SdtuneError
 
 Row = dict[str, Any]
 

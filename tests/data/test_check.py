@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tarfile
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from sdtune.data.check_reading import Entry, leads_out, read
 from sdtune.data.check_report import as_text, as_values
 from sdtune.data.check_scan import Look
 from sdtune.data.check_sizes import Frame, size_findings, size_tables
+from sdtune.data.fix import write_fixed
 from sdtune.data.sources import load_source
 from sdtune.errors import DataError
 from tests.drawings import drawing, encoded
@@ -145,6 +147,32 @@ def test_pictures_without_metadata(photos):
     report = look_through(photos)
     assert kinds(report).keys() == {"no caption"} and report.fatal and report.findings[0].count == 6
     assert not look_through(photos, prompt="x").findings
+
+
+def test_captions_in_text_files(photos):
+    (photos / "metadata.jsonl").unlink()
+    for number in range(5):
+        (photos / f"{number}.txt").write_text("one two three four five six" if number else "sks")
+    report = look_through(photos, reader=lambda: WORDS)
+    assert kinds(report)["no caption"].names == ("5.jpg",) and report.fatal and not trains(photos)
+    assert kinds(report)["captions cut"].count == 4
+    (photos / "5.txt").write_text("sks")
+    assert not look_through(photos).fatal and trains(photos)
+    (photos / "5.txt").write_bytes(b"\xff\xfe\xff")
+    assert "5.txt cannot be read" in kinds(look_through(photos))["rows"].names[0]
+
+
+def test_shards_are_looked_at_where_they_are(photos, tmp_path):
+    break_(photos)
+    with tarfile.open(tmp_path / "00000.tar", "w") as shard:
+        for number in range(6):
+            (photos / f"{number}.txt").write_text(f"caption {number}")
+            for suffix in ("jpg", "txt"):
+                shard.add(photos / f"{number}.{suffix}", f"{number:05d}.{suffix}")
+    report = look_through(tmp_path / "00000.tar")
+    assert len(report.pictures) == 6 and kinds(report)["broken"].count == 2
+    assert write_fixed(report, tmp_path / "clean") == {"kept": 4, "dropped": 2} and trains(tmp_path / "clean")
+    assert len(look_through(tmp_path / "*.tar").pictures) == 6
 
 
 def test_a_refusal_that_no_fault_explains_is_told_in_the_loaders_words(photos, tmp_path):
