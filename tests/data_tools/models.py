@@ -162,7 +162,9 @@ def make_llava(folder: Path) -> Path:
     ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id, "pad_token_id": 0}
     text = LlamaConfig(**TEXT, vocab_size=len(tokenizer), max_position_embeddings=64, **ends)
     image = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(CLIPVisionConfig(**VISION), text, image_token_index=image, vision_feature_layer=-1)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=text, image_token_index=image, vision_feature_layer=-1
+    )
     loud(LlavaForConditionalGeneration(config)).save_pretrained(folder)
     template = (
         "{% for m in messages %}{% for c in m['content'] %}"

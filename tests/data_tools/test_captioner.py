@@ -21,7 +21,12 @@ TINY = Path(resolve_model("tiny"))
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: make(tmp_path_factory.mktemp("captioners") / kind) for kind, make in MAKERS.items()}
+    class Made(dict[str, Path]):
+        def __missing__(self, kind: str) -> Path:
+            self[kind] = MAKERS[kind](tmp_path_factory.mktemp("captioners") / kind)
+            return self[kind]
+
+    return Made()
 
 
 def captions(folder: Path, size: int = 3, names: list[str] | None = None, **settings) -> list[list[str]]:
