@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_tools import coco, masks
 
@@ -61,13 +61,13 @@ def test_shapes_that_cannot_be_drawn(shape, says):
 
 
 def test_masks_turn_with_their_pictures(tmp_path):
-    from sdtune.data.images import open_rgb
-
     exif = Image.Exif()
     exif[masks.ORIENTATION] = 6
     Image.fromarray(expected()).convert("RGB").save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as picture:
+        upright = np.asarray(ImageOps.exif_transpose(picture))[..., 0]
     turned = drawn([BOX], file=tmp_path / "a.png")
-    assert turned.shape == (8, 6) and (turned == np.asarray(open_rgb(tmp_path / "a.png"))[..., 0]).all()
+    assert turned.shape == (8, 6) and (turned == upright).all()
 
 
 @pytest.fixture
