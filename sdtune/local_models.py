@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from sdtune.config import ModelSettings, Recipe, resolve_asset
-from sdtune.config.shipped import TINY
 from sdtune.data.check_captions import Reader
 from sdtune.data.check_findings import Finding, about
 from sdtune.errors import WeightsError
 from sdtune.hub_access import unreachable
 
-CLIP = "openai/clip-vit-large-patch14"  # its tokenizer is that of Stable Diffusion
+CLIP = "assets:single_file/sd1/tokenizer"  # that of Stable Diffusion, which comes with sdtune
 CLIP_LENGTH = 77  # tokens that its text encoder reads, start and end included
 CHUNK = 75
 
@@ -23,7 +22,7 @@ class NamedModel:
 
     Attributes:
         key: where in the recipe. name: what is written there.
-        folder: where it is on this machine, in whole or in part; None where it is not.
+        folder: where it is on this machine, in whole or in part, or its single file; None where it is not.
         lacks: parts that are not there.
     """
 
@@ -74,7 +73,7 @@ def model_findings(models: Sequence[NamedModel]) -> list[Finding]:
 
 
 def caption_reader(model: ModelSettings | None, max_tokens: int) -> Reader:
-    """Counts tokens as the recipe's model does; else as CLIP does, from the cache; else as the embedded model does.
+    """Counts tokens as the recipe's model does, else as CLIP does, which most models read with.
 
     Args:
         model: of the recipe; None where there is none.
@@ -89,13 +88,8 @@ def caption_reader(model: ModelSettings | None, max_tokens: int) -> Reader:
         tokenizer = _open(own)
         length = tokenizer.model_max_length if tokenizer.model_max_length <= 10_000 else CLIP_LENGTH
         return _reader(tokenizer, chunks * (length - 2), "the model's own tokenizer", exact=True)
-    limit = chunks * (CLIP_LENGTH - 2)
-    cached = _cached(CLIP, "vocab.json", None)
-    if cached is not None:
-        return _reader(_open(cached.parent), limit, f"the tokenizer of {CLIP}", exact=model is None)
-    tiny = _open(Path(resolve_asset(TINY)) / "tokenizer")
-    name = f"the embedded model's tokenizer, for CLIP's is not here; it needs more tokens (hf download {CLIP})"
-    return _reader(tiny, limit, name, exact=False)
+    exact = model is None or Path(str(model.base)).is_file()
+    return _reader(_open(Path(resolve_asset(CLIP))), chunks * (CLIP_LENGTH - 2), "CLIP's tokenizer", exact=exact)
 
 
 def _base(model: ModelSettings, task: str) -> NamedModel:
@@ -103,6 +97,8 @@ def _base(model: ModelSettings, task: str) -> NamedModel:
 
     name, key = str(model.base), "model.base"
     local = Path(resolve_asset(name))
+    if local.is_file():
+        return NamedModel(key, name, local)
     if local.exists():
         folder: Path | None = local
     else:
@@ -122,6 +118,8 @@ def _base(model: ModelSettings, task: str) -> NamedModel:
 def _part(key: str, name: str, part: str) -> NamedModel:
     """A model that is one part, in a folder of its own or in that of a whole model."""
     local = Path(resolve_asset(name))
+    if local.is_file():
+        return NamedModel(key, name, local, () if part in ("unet", "vae", "text_encoder") else (part,))
     if local.exists():
         folder = local / part if (local / part).is_dir() else local
         return NamedModel(key, name, folder, () if _is_whole(folder, None, part) else (part,))
