@@ -19,7 +19,7 @@ def as_text(report: Report, title: str, facts: Sequence[tuple[str, str]]) -> str
         title: what was checked.
         facts: further lines, each a label and a text.
     """
-    size = sum(look.bytes for look in report.good)
+    size = sum(look.size for look in report.good)
     lines = [f"{title}: {len(report.pictures)} pictures, {report.captions} captions, {megabytes(size)}", ""]
     for finding in report.findings:
         lines += _finding(finding)
@@ -49,7 +49,7 @@ def as_values(report: Report, facts: Mapping[str, Any]) -> dict[str, Any]:
         "fails": report.fatal,
         "pictures": len(report.pictures),
         "captions": report.captions,
-        "bytes": sum(look.bytes for look in report.good),
+        "bytes": sum(look.size for look in report.good),
         "findings": findings,
         "sizes": size_tables(report.good, report.frame),
         "equal": [[report.pictures[number].name for number in group] for group in report.equal],

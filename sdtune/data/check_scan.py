@@ -47,14 +47,14 @@ UPRIGHT = {
 
 @dataclass(frozen=True)
 class Look:
-    """What one picture turned out to be. With a fault all else but `bytes` and `digest` is empty.
+    """What one picture turned out to be. With a fault all else but `size` and `digest` is empty.
 
     Attributes:
         fault: why it cannot be used; "" where it can.
         width, height: in pixels, as a person sees it (turned as its EXIF says).
         mode: Pillow's, of the file.
         format: Pillow's, such as JPEG.
-        bytes: of the file.
+        size: of the file, in bytes.
         digest: of its content: equal for equal files.
         hash: perceptual, 64 bits: a DCT of its brightness; few bits differ between pictures that look alike.
         tint: 4 x 4 pixels of RGB, 48 bytes: tells drawings of one shape in several colours apart.
@@ -65,7 +65,7 @@ class Look:
     height: int = 0
     mode: str = ""
     format: str = ""
-    bytes: int = 0
+    size: int = 0
     digest: bytes = b""
     hash: int = 0
     tint: bytes = b""
@@ -120,7 +120,7 @@ def look_at(content: bytes | str) -> Look:
         fault = "not a picture"
     except Exception as error:  # Pillow's readers raise whatever the broken bytes lead them to
         fault = " ".join(str(error).split()) or type(error).__name__
-    return Look(fault=fault, bytes=len(encoded), digest=digest)
+    return Look(fault=fault, size=len(encoded), digest=digest)
 
 
 def _decoded(encoded: bytes, digest: bytes) -> Look:

@@ -77,7 +77,7 @@ def command(
 def _largest_first(group: Sequence[int], pictures: Sequence[Seen]) -> list[int]:
     def size(number: int) -> tuple[int, int, int]:
         look = pictures[number].look
-        return -look.width * look.height, -look.bytes, number
+        return -look.width * look.height, -look.size, number
 
     return sorted(group, key=size)
 
@@ -91,7 +91,7 @@ def _table(groups: Sequence[Sequence[Seen]], total: int) -> str:
             bits = (look.hash ^ group[0].look.hash).bit_count()
             same = "equal" if look.digest == group[0].look.digest else f"{bits} bits apart"
             size = f"{look.width} x {look.height}"
-            lines.append(f"{'keep' if number == 0 else '':<6}{size:>13}  {megabytes(look.bytes):>8}  {each.name}")
+            lines.append(f"{'keep' if number == 0 else '':<6}{size:>13}  {megabytes(look.size):>8}  {each.name}")
             lines[-1] += f"  ({same})" if number else ""
         lines.append("")
     if len(groups) > SHOWN:

@@ -41,7 +41,7 @@ def groups_of_alike(looks: Sequence[Look], threshold: int = ALIKE) -> list[list[
         return []
     hashes, which = np.unique(np.array([look.hash for look in looks], dtype=np.uint64), return_inverse=True)
     tints = np.frombuffer(b"".join(look.tint for look in looks), dtype=np.uint8).reshape(len(looks), -1)  # (n, 48)
-    order = sorted(range(len(looks)), key=lambda i: (-looks[i].width * looks[i].height, -looks[i].bytes, i))
+    order = sorted(range(len(looks)), key=lambda i: (-looks[i].width * looks[i].height, -looks[i].size, i))
     members: dict[int, list[int]] = defaultdict(list)
     for position in order:
         members[int(which[position])].append(position)

@@ -23,7 +23,7 @@ def test_a_look_tells_size_mode_and_format(tmp_path):
     content = encoded(drawing(0))
     (tmp_path / "a.jpg").write_bytes(content)
     look = look_at(str(tmp_path / "a.jpg"))
-    assert (look.width, look.height, look.mode, look.format, look.bytes) == (160, 120, "RGB", "JPEG", len(content))
+    assert (look.width, look.height, look.mode, look.format, look.size) == (160, 120, "RGB", "JPEG", len(content))
     assert look.fault == "" and len(look.digest) == 16 and len(look.tint) == 48
     assert look == look_at(content)
 
