@@ -60,11 +60,11 @@ class Captioner:
             picture: RGB.
         """
         picture = picture if min(picture.size) > 3 else picture.resize([max(4, side) for side in picture.size])
-        words = self._words if isinstance(self._words, dict) else {"text": [self._words]} if self._words else {}
         if isinstance(self._words, dict):
-            inputs = {**self.pictures(images=[picture], return_tensors="pt"), **words}
+            inputs = {**self.pictures(images=[picture], return_tensors="pt"), **self._words}
         else:
-            inputs = dict(self.pictures(images=[picture], return_tensors="pt", **words))
+            text = {"text": [self._words]} if self._words else {}
+            inputs = dict(self.pictures(images=[picture], return_tensors="pt", **text))
         return {name: value for name, value in inputs.items() if name != "token_type_ids"}
 
     @torch.no_grad()
@@ -207,15 +207,14 @@ def _open(place: str, settings: Settings, dtype: torch.dtype) -> tuple[Any, Any,
     """(model, what prepares pictures, tokenizer) of a folder or hub id."""
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+    loader: Any = AutoModelForImageTextToText  # its types do not know output_loading_info
     local = Path(place).is_dir()
     if not local and (fault := hub_fault(place)):
         raise _not_there(settings.model, fault)
     which = {} if local else {"revision": settings.revision}
     safe = {} if settings.allow_pickle else {"use_safetensors": True}
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            place, dtype=dtype, output_loading_info=True, **safe, **which
-        )
+        model, report = loader.from_pretrained(place, dtype=dtype, output_loading_info=True, **safe, **which)
         _refuse_missing(settings.model, report["missing_keys"])
         processor = AutoProcessor.from_pretrained(place, **which)
         if not hasattr(processor, "tokenizer"):  # ViT-GPT2 has the two parts, and nothing that joins them
