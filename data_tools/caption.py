@@ -31,16 +31,31 @@ ON_GPU, ON_CPU = 32, 8  # pictures a batch
 
 
 def command(
+    pictures: str | Path, *, out: str | Path | None = None, kind: str = "jsonl", as_json: bool = False, **options: Any
+) -> int:
+    """`sdtune caption`: captions a folder and says how many; returns the exit code: 1 if a picture was rejected.
+
+    Args:
+        pictures, out, kind, options: as `caption_folder` has them.
+        as_json: print the result as one JSON object.
+    """
+    result = caption_folder(pictures, out=out, kind=kind, **options)
+    if not distributed.is_main():
+        return 0
+    print(json.dumps(result, ensure_ascii=False) if as_json else _summary(result))
+    return 1 if result["rejected"] else 0
+
+
+def caption_folder(
     pictures: str | Path,
     *,
     out: str | Path | None = None,
     kind: str = "jsonl",
     batch_size: int | None = None,
     workers: int | None = None,
-    as_json: bool = False,
     **settings: Any,
-) -> int:
-    """Captions a folder; returns the exit code: 1 if a picture was rejected, else 0.
+) -> dict[str, Any]:
+    """Captions the pictures of a folder.
 
     Args:
         pictures: folder, with sub-folders.
@@ -48,8 +63,10 @@ def command(
         kind: "jsonl", "txt" or "parquet".
         batch_size: pictures at a time; None is 32 on a GPU and 8 elsewhere.
         workers: threads that decode pictures; None is one a core, 8 at most.
-        as_json: print the result as one JSON object.
         settings: as `Settings` has them.
+
+    Returns:
+        How many were captioned, kept and rejected, and where it is all written; nothing on processes but the main one.
 
     Raises:
         UsageError: settings that cannot work, or other ones than those of the run that was stopped.
@@ -76,11 +93,7 @@ def command(
     finally:
         if journal.job:  # only the main process has prepared it
             journal.release()
-    if not distributed.is_main():
-        return 0
-    result["seconds"] = round(time.perf_counter() - began, 2)
-    print(json.dumps(result, ensure_ascii=False) if as_json else _summary(result))
-    return 1 if result["rejected"] else 0
+    return result | {"seconds": round(time.perf_counter() - began, 2)} if distributed.is_main() else {}
 
 
 def _run(

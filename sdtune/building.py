@@ -99,12 +99,18 @@ def check_size(family: Family, height: int, width: int) -> None:
         )
 
 
-def place(family: Family, device: torch.device, precision: str) -> None:
-    """Networks to their device; on a GPU what does not learn in half precision, but for the VAE, whose pictures suffer.
+def frozen_dtype(device: torch.device, precision: str, adapter: Adapter | None = None) -> torch.dtype | None:
+    """What weights that do not learn are rounded to: half precision on a GPU, if nobody writes them; None: nothing."""
+    if device.type != "cuda" or (adapter is not None and adapter.writes_base):
+        return None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def place(family: Family, device: torch.device, half: torch.dtype | None) -> None:
+    """Networks to their device, what does not learn as `half`, but for the VAE, whose pictures suffer from it.
 
     Call it after the adapter is attached.
     """
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision) if device.type == "cuda" else None
     for name, network in family.modules.items():
         move(network, device, None if name == "vae" else half)
 

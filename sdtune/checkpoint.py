@@ -37,6 +37,8 @@ def written_aside(target: Path) -> Iterator[Path]:
     """
     aside, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
     shutil.rmtree(aside, ignore_errors=True)
+    if old.exists() and not target.exists():  # a kill between the two renames
+        os.replace(old, target)
     try:
         aside.mkdir(parents=True)
         yield aside
@@ -56,6 +58,8 @@ def written_aside(target: Path) -> Iterator[Path]:
         ) from fault
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not target.exists():
+            os.replace(old, target)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -78,7 +82,7 @@ def save(
     folder: Path,
     *,
     step: int,
-    samples: int | None = None,
+    same: Mapping[str, Any] | None = None,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     averages: Mapping[str, Tensor] | None,
@@ -90,7 +94,7 @@ def save(
     Args:
         folder: where, e.g. checkpoints/step-000100.
         step: optimizer steps done.
-        samples: of a step, on all processes; None: not kept.
+        same: what must be the same when the run goes on, by its name in words.
         parameters: those that learn, by name, in the optimizer's order.
         averages: the EMA, by the same names.
         scaler: the loss scaler of fp16, if any.
@@ -105,7 +109,7 @@ def save(
         save_file(optimizer_tensors(parameters, optimizer), state / "optimizer.safetensors")
         if averages is not None:
             save_file({name: a.cpu().contiguous() for name, a in averages.items()}, state / "ema.safetensors")
-        facts = {"step": step, "samples": samples, "format": 1}
+        facts: dict[str, Any] = {"step": step, "same": dict(same or {}), "format": 1}
         facts["scaler"] = scaler.state_dict() if scaler is not None else None
         (state / "state.json").write_text(json.dumps(facts), encoding="utf-8")
         save_weights(aside / "weights")
@@ -123,7 +127,7 @@ def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.o
 def restore(
     folder: Path,
     *,
-    samples: int | None = None,
+    same: Mapping[str, Any] | None = None,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     averages: dict[str, Tensor] | None,
@@ -132,8 +136,7 @@ def restore(
     """Put a checkpoint back; returns the number of optimizer steps done.
 
     Raises:
-        RunError: the checkpoint is damaged, or of a run with other learning parameters or another number of samples a
-            step.
+        RunError: the checkpoint is damaged, or of a run with other learning parameters, or one of `same` differs.
     """
     state = folder / "state"
     if (averages is not None) != (state / "ema.safetensors").exists() and (state / "state.json").exists():
@@ -151,11 +154,12 @@ def restore(
         raise RunError(
             f"'{folder}' is not a whole checkpoint ({fault}); remove it and resume from the one before"
         ) from fault
-    if samples is not None and facts.get("samples") not in (None, samples):
+    told = [f"{what}: {was} then, {same[what]} now" for what, was in facts.get("same", {}).items()
+            if same is not None and same.get(what) != was]  # fmt: skip
+    if told:
         raise RunError(
-            f"'{folder}' is of a run with {facts['samples']} samples a step, this one has {samples} (train.batch_size "
-            "times train.accumulate times processes) and would not go on with the same order; choose them so that the "
-            "product stays"
+            f"'{folder}' would not go on as it began: {'; '.join(told)}. Put back what was changed, or begin another "
+            "run with output.dir=FOLDER"
         )
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in trainable.items()}:
@@ -180,7 +184,8 @@ def restore(
 
 def all_checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run folder, oldest first."""
-    whole = [path for path in (run / "checkpoints").glob("step-*") if (path / "state" / "state.json").is_file()]
+    named = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    whole = [path for path in named if (path / "state" / "state.json").is_file()]
     return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
 

@@ -39,4 +39,5 @@ def draw_class_pictures(recipe: Recipe, settings: DataSource, family: Family) ->
             bar.update(there - bar.n)
 
         folder = Path(resolve_asset(str(settings.path)))
-        fill_class_folder(folder, class_prompts(settings), count, draw, made_by, batch_size=16, progress=show)
+        key = f"data.{recipe.data.index(settings)}"
+        fill_class_folder(folder, class_prompts(settings), count, draw, 16, show, made_by=made_by, key=key)

@@ -24,7 +24,7 @@ def open_model(model: str, lora: str | None = None, *, device: torch.device, pre
     Args:
         model: run folder, its final/ or a checkpoint's weights/, diffusers folder, hub id, or tiny.
         lora: LoRA file, or a folder or run that holds one.
-        precision: of the networks on a GPU, as `building.place` has it.
+        precision: of the networks on a GPU, as `building.frozen_dtype` has it.
 
     Raises:
         WeightsError: no such model, or a LoRA that does not fit it. HubError: the Hub has no answer.
@@ -41,7 +41,7 @@ def open_model(model: str, lora: str | None = None, *, device: torch.device, pre
         )
     else:
         family = open_whole(str(path) if path.exists() else model, notes)
-    building.place(family, device, precision)
+    building.place(family, device, building.frozen_dtype(device, precision))
     for file in loras:
         load_lora(family, file)
     return family

@@ -15,8 +15,8 @@ from sdtune.config import DataSource, Recipe, dump, load
 from sdtune.data.batches import batches
 from sdtune.data.broken import refuse_broken
 from sdtune.data.dataset import held_out
-from sdtune.data.sources import Source
-from sdtune.errors import DataError, RunError
+from sdtune.data.sources import Source, fingerprint
+from sdtune.errors import DataError, RunError, SdtuneError
 from sdtune.libraries import prepare as prepare_libraries
 from sdtune.logbook import Logbook
 from sdtune.resuming import check_folder
@@ -52,7 +52,12 @@ class Run:
         early = bool(drawn) and not resume  # drawing takes long; a run that is stopped there can be resumed
         if early:
             self.start()
-        self.make_data(sources + [self.class_source(settings) for settings in drawn])
+        try:
+            self.make_data(sources + [self.class_source(settings) for settings in drawn])
+        except SdtuneError:
+            if early and distributed.is_main():
+                self.folder.remove()
+            raise
         if resume:
             self.restore()
         if not early:
@@ -60,10 +65,15 @@ class Run:
 
     # --- getting ready ----------------------------------------------------------------------------------------------
 
-    @property
-    def samples(self) -> int:
-        """Samples of an optimizer step, on all processes."""
-        return self.recipe.train.batch_size * self.recipe.train.accumulate * distributed.world()
+    def same(self) -> dict[str, Any]:
+        """What must be the same on resume, for the order of the samples follows from it."""
+        settings = self.recipe.train
+        return {
+            "samples a step (train.batch_size x train.accumulate x processes)": (
+                settings.batch_size * settings.accumulate * distributed.world()
+            ),
+            "pictures and captions": fingerprint(self.sources),
+        }
 
     def start(self) -> None:
         """Make the run folder."""
@@ -79,7 +89,9 @@ class Run:
             with self.accelerator.autocast():
                 draw_class_pictures(self.recipe, settings, self.family)
         distributed.barrier()
-        return building.make_source(self.recipe, settings)
+        source = building.make_source(self.recipe, settings)
+        refuse_broken([source])
+        return source
 
     def make_data(self, sources: list[Source]) -> None:
         """The training set and the held-out batches."""
@@ -95,7 +107,8 @@ class Run:
         self.adapter = building.make_adapter(recipe)
         networks = building.learning_networks(recipe, self.family)
         learning = self.adapter.attach(self.family, networks, recipe.train.seed)
-        building.place(self.family, self.accelerator.device, recipe.train.precision)
+        device = self.accelerator.device
+        building.place(self.family, device, building.frozen_dtype(device, recipe.train.precision, self.adapter))
         if recipe.train.gradient_checkpointing:
             building.save_memory([self.family.modules[name] for name in networks])
         self.parameters = {f"{name}.{key}": p for name, some in learning.items() for key, p in some.items()}
@@ -118,15 +131,15 @@ class Run:
             return
         self.step = checkpoint.restore(
             latest,
-            samples=self.samples,
+            same=self.same(),
             parameters=self.parameters,
             optimizer=self.optimizer.optimizer,
             averages=None if self.ema is None else self.ema.average,
             scaler=self.accelerator.scaler,
         )
-        if self.step >= self.recipe.train.steps and self.folder.final.exists():
+        if self.step > self.recipe.train.steps or self.step == self.recipe.train.steps and self.folder.final.exists():
             raise RunError(
-                f"'{self.folder.path}' has done its {self.step} steps already; to train longer add train.steps=NUMBER, "
+                f"'{self.folder.path}' has done {self.step} steps already; to train longer add train.steps=NUMBER, "
                 f"to draw with it: sdtune sample {self.folder.path} --prompt TEXT"
             )
 
@@ -254,7 +267,7 @@ class Run:
             checkpoint.save(
                 self.folder.checkpoint(self.step),
                 step=self.step,
-                samples=self.samples,
+                same=self.same(),
                 parameters=self.parameters,
                 optimizer=self.optimizer.optimizer,
                 averages=None if self.ema is None else self.ema.average,

@@ -75,6 +75,10 @@ class RunFolder:
             message = f"'{self.path}' could not be made ({fault.strerror}); choose another place with output.dir=FOLDER"
             raise RunError(message) from fault
 
+    def remove(self) -> None:
+        """Take away a folder in which nothing was begun."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def latest(self) -> Path | None:
         """The last whole checkpoint, if there is one."""
         found = all_checkpoints(self.path)

@@ -191,7 +191,7 @@ def test_a_finished_run_is_neither_repeated_nor_overwritten(sd: Path, photos: Pa
     finished(recipe)
     with pytest.raises(RunError, match="exists already and is never overwritten; go on with it by adding --resume"):
         Run(recipe)
-    with pytest.raises(RunError, match="has done its 2 steps already.*sdtune sample"):
+    with pytest.raises(RunError, match="has done 2 steps already.*sdtune sample"):
         Run(recipe, resume=True)
     longer = finished(make_recipe(sd, photos, tmp_path / "run", train={"steps": 4}), resume=True)
     assert len(losses(longer.folder.path)) == 4
@@ -245,7 +245,7 @@ def test_a_run_goes_on_with_its_own_settings_only(
         Run(make_recipe(sd, photos, tmp_path / "run", **sections), resume=True)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "run" / "run.yaml").read_text() == kept
-    with pytest.raises(RunError, match="2 samples a step, this one has 4"):
+    with pytest.raises(RunError, match="samples a step .*: 2 then, 4 now"):
         Run(make_recipe(sd, photos, tmp_path / "run", train={"batch_size": 4}), resume=True)
     other = {"steps": 3, "workers": 1, "batch_size": 1, "accumulate": 2}
     finished(make_recipe(sd, photos, tmp_path / "run", train=other, output={"log_every": 2}), resume=True)
@@ -461,3 +461,54 @@ def test_class_pictures_are_drawn_by_the_base_before_it_learns(sd: Path, photos:
     data[1]["drawing"] = {"steps": 3}
     with pytest.raises(DataError, match="were drawn otherwise: steps was 2 and is 3. Give an empty folder"):
         Run(make_recipe(sd, "", tmp_path / "third", data=data))
+
+
+def test_a_run_that_is_refused_for_its_class_pictures_leaves_no_folder(sd: Path, photos: Path, tmp_path: Path) -> None:
+    class_data = {"path": str(tmp_path / "class"), "role": "class", "prompt": "a dog", "generate": 2}
+    data = [{"path": str(photos)}, class_data | {"drawing": {"steps": 1}}]
+    Run(make_recipe(sd, "", tmp_path / "first", data=data))
+    data[1] |= {"prompt": "a cat"}
+    with pytest.raises(DataError, match="was drawn for 'a dog', but now 'a cat' is asked for.*data.1.path=FOLDER"):
+        Run(make_recipe(sd, "", tmp_path / "run", data=data))
+    assert not (tmp_path / "run").exists()
+    data[1] |= {"prompt": "a dog"}
+    (tmp_path / "class" / "class-000001.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="1 picture cannot be read: .*class-000001.png"):
+        Run(make_recipe(sd, "", tmp_path / "run", data=data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_pictures_changed_does_not_go_on(sd: Path, photos: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    import shutil
+
+    shutil.copytree(photos, mine)
+    recipe = make_recipe(sd, mine, tmp_path / "run", output={"checkpoint_every": 1}, train={"steps": 3})
+    next(Run(recipe).steps())
+    rows = (mine / "metadata.jsonl").read_text()
+    (mine / "metadata.jsonl").write_text(rows.replace("dog 0", "cat 0"))
+    with pytest.raises(RunError, match=r"would not go on as it began: pictures and captions: .* then, .* now"):
+        Run(recipe, resume=True)
+    (mine / "metadata.jsonl").write_text(rows)
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000001", tmp_path / "run" / "checkpoints" / "step-1-mine")
+    assert Run(recipe, resume=True).step == 1
+    with pytest.raises(RunError, match="has done 3 steps already"):
+        finished(recipe, resume=True)
+        Run(make_recipe(sd, mine, tmp_path / "run", output={"checkpoint_every": 1}, train={"steps": 2}), resume=True)
+    run_yaml = tmp_path / "run" / "run.yaml"
+    whole = run_yaml.read_text()
+    for content, told in ((whole[:30] + ": {", "it is not YAML"), (whole[: len(whole) // 2], "output: missing")):
+        run_yaml.write_text(content)
+        with pytest.raises(RunError, match=f"run.yaml' cannot be read .*{told}"):
+            Run(recipe, resume=True)
+
+
+def test_what_is_written_whole_is_not_rounded() -> None:
+    from sdtune.adapters.full import Full
+    from sdtune.adapters.lora import Lora
+    from sdtune.building import frozen_dtype
+
+    gpu, lora = torch.device("cuda"), Lora(4, 4, "attention")
+    assert frozen_dtype(gpu, "bf16", lora) == torch.bfloat16 and frozen_dtype(gpu, "fp16") == torch.float16
+    assert frozen_dtype(gpu, "bf16", Full()) is frozen_dtype(gpu, "fp32", lora) is None
+    assert frozen_dtype(torch.device("cpu"), "bf16", lora) is None

@@ -24,7 +24,12 @@ class Adapter(Protocol):
     """Chooses, and if need be adds, the parameters that learn; writes and reads them.
 
     A run folder's `final/` and each checkpoint's `weights/` hold what `save` writes.
+
+    Attributes:
+        writes_base: whether `save` writes the whole model, so that what is frozen must not be rounded.
     """
+
+    writes_base: bool
 
     def attach(self, family: Family, networks: Sequence[str], seed: int) -> dict[str, Parameters]:
         """Make parameters of those networks learn; all others stay frozen.

@@ -12,6 +12,8 @@ from sdtune.families.base import Family
 class Full:
     """Adapter `full`: fine-tuning, or training from scratch, of whole networks."""
 
+    writes_base = True
+
     def attach(self, family: Family, networks: Sequence[str], seed: int) -> dict[str, Parameters]:
         """See `Adapter.attach`. Half-precision weights are turned into float32: small updates would be lost in them."""
         learning: dict[str, Parameters] = {}

@@ -37,6 +37,8 @@ class Lora:
         targets: a name of `DENOISER_TARGETS`, or endings of the denoiser's module names.
     """
 
+    writes_base = False
+
     def __init__(self, rank: int = 16, alpha: float | None = None, targets: str | Sequence[str] = "attention") -> None:
         self.rank, self.alpha = rank, rank if alpha is None else alpha
         self.targets = DENOISER_TARGETS[targets] if isinstance(targets, str) else list(targets)

@@ -82,6 +82,9 @@ def _start(recipe: Recipe) -> Iterator[Fault]:
     if model.base is None and model.from_config is None:
         expected = "a hub id, a diffusers folder, a .safetensors file or tiny (from scratch: model.from_config)"
         yield "model.base", f"missing; expected {expected}"
+    for key in ("variant", "revision"):
+        if str(model.base).endswith(".safetensors") and getattr(model, key) is not None:
+            yield f"model.{key}", "is read with a folder or hub id only, and model.base is a single file; remove it"
     if model.base is not None and model.from_config is not None:
         yield "model.base", "got both model.base and model.from_config, expected one of them"
 

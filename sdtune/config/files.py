@@ -69,7 +69,13 @@ def dump(recipe: Recipe) -> str:
 
 def parse(text: str) -> Recipe:
     """What `dump` wrote, without a look at the files that it names. Raises ValueError when it is no recipe."""
-    return Recipe.model_validate(yaml.safe_load(text))
+    try:
+        return Recipe.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ValueError(f"it is not YAML: {error}") from error
+    except ValidationError as error:
+        faults = faults_of(error, Recipe)
+        raise ValueError("; ".join(f"{key}: {what}" for key, what in faults)) from error
 
 
 def check(values: dict[str, Any]) -> tuple[Recipe | None, list[Fault]]:

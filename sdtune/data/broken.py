@@ -39,8 +39,8 @@ def refuse_broken(sources: Sequence[Source]) -> None:
 def broken(pictures: Iterable[Picture]) -> list[tuple[str, str]]:
     """The pictures that cannot be read, under a progress bar.
 
-    Up to 500 are decoded whole. Of more, headers are read and the ends of JPEG and PNG files, what looks cut off and
-    other formats are decoded, and pictures inside of data sets of the Hub are passed over: 100,000 take a minute.
+    Up to 500 are decoded whole. Of more, headers and ends are read of JPEG and PNG files, and what looks cut off and
+    other formats are decoded: 100,000 take a minute.
 
     Returns:
         (name, reason) of each: the path of its file, or where it stands in its data set.
@@ -50,10 +50,6 @@ def broken(pictures: Iterable[Picture]) -> list[tuple[str, str]]:
 
     unique = list({(picture.origin, picture.name): picture for picture in pictures}.values())
     whole = len(unique) <= FEW
-    if not whole:
-        first = {picture.origin: picture for picture in reversed(unique)}
-        files = {origin for origin, picture in first.items() if _is_file(picture)}
-        unique = [picture for picture in unique if picture.origin in files]
     Image.init()  # not safe when several threads do it on their way
 
     def look(picture: Picture) -> tuple[str, str] | None:
@@ -61,13 +57,6 @@ def broken(pictures: Iterable[Picture]) -> list[tuple[str, str]]:
 
     found = thread_map(look, unique, desc="looking at the pictures", unit="picture", delay=1)
     return [fault for fault in found if fault is not None]
-
-
-def _is_file(picture: Picture) -> bool:
-    try:
-        return isinstance(picture.read(), str)
-    except DataError:
-        return False
 
 
 def _look(picture: Picture, whole: bool) -> tuple[str, str] | None:
@@ -79,7 +68,7 @@ def _look(picture: Picture, whole: bool) -> tuple[str, str] | None:
         content = picture.read()
         name = content if isinstance(content, str) else name
         with Image.open(BytesIO(content) if isinstance(content, bytes) else content) as opened:
-            if whole or isinstance(content, bytes) or not _ends_well(content, opened.format):
+            if whole or not _ends_well(content, opened.format):
                 opened.load()
     except UnidentifiedImageError:
         return name, "not a picture"
@@ -89,11 +78,13 @@ def _look(picture: Picture, whole: bool) -> tuple[str, str] | None:
     return None
 
 
-def _ends_well(path: str, kind: str | None) -> bool:
-    """Whether a file ends as its format wants it; False where that cannot be told so cheaply."""
+def _ends_well(content: str | bytes, kind: str | None) -> bool:
+    """Whether a file, or what was read of one, ends as its format wants it; False where that cannot be told cheaply."""
     end = ENDS.get(kind or "")
     if end is None:
         return False
-    with open(path, "rb") as file:
-        file.seek(-min(64, os.path.getsize(path)), os.SEEK_END)
+    if isinstance(content, bytes):
+        return content[-64:].rstrip(b"\0").endswith(end)
+    with open(content, "rb") as file:
+        file.seek(-min(64, os.path.getsize(content)), os.SEEK_END)
         return file.read().rstrip(b"\0").endswith(end)

@@ -30,9 +30,11 @@ def fill_class_folder(
     prompts: Sequence[str],
     count: int,
     draw: Draw,
-    made_by: Mapping[str, Any] | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    made_by: Mapping[str, Any] | None = None,
+    key: str = "data.1",
 ) -> int:
     """Draws pictures until the folder holds `count`; those that are there, drawn or put there by a person, count.
 
@@ -43,9 +45,10 @@ def fill_class_folder(
         prompts: drawn in turn.
         count: how many pictures the folder shall hold.
         draw: (prompts, numbers) -> pictures; each must depend on its prompt and number only.
-        made_by: what the pictures depend on beside prompt and number (model, size, steps ...), noted in drawn_by.json.
         batch_size: how many are drawn at once.
         progress: called with (pictures there, count) after each batch.
+        made_by: what the pictures depend on beside prompt and number (model, size, steps ...), noted in drawn_by.json.
+        key: of the entry in its recipe, for the commands that faults name.
 
     Returns:
         How many were drawn.
@@ -54,17 +57,21 @@ def fill_class_folder(
         DataError: the folder holds pictures drawn for other prompts or otherwise, or cannot be written.
     """
     if not prompts:
-        raise DataError("there are no prompts to draw class pictures for; give data.N.prompt, or lines in its file.")
+        raise DataError(f"there are no prompts to draw class pictures for; give {key}.prompt, or lines in its file.")
     folder = Path(folder)
     rows = read_rows(folder) if (folder / METADATA).exists() else []
     others = [row for row in rows if not NAME.fullmatch(row["file_name"])]  # of pictures that a person put there
     drawn = {row["file_name"]: row for row in rows if NAME.fullmatch(row["file_name"])}
-    _refuse_other_prompts(folder, drawn, prompts)
-    _note(folder / NOTES, dict(made_by or {}), bool(drawn))
+    _refuse_other_prompts(folder, drawn, prompts, key)
+    notes = json.loads(json.dumps(made_by or {}))
+    if drawn:
+        _refuse_drawn_otherwise(folder / NOTES, notes, key)
 
     there = {name for name in list_files(folder) if is_picture(name)}
     wanted = range(max(0, count - sum(not NAME.fullmatch(name) for name in there)))
     missing = [number for number in wanted if _name(number) not in there or _name(number) not in drawn]
+    if missing and notes:
+        write_atomically(folder / NOTES, (json.dumps(notes, indent=2) + "\n").encode())
     for first in range(0, len(missing), batch_size):
         numbers = missing[first : first + batch_size]
         texts = [prompts[number % len(prompts)] for number in numbers]
@@ -87,18 +94,17 @@ def _png(picture: Image.Image) -> bytes:
     return content.getvalue()
 
 
-def _note(file: Path, made_by: dict[str, Any], drawn: bool) -> None:
-    """Keeps what the pictures were made by, and refuses to mix in or take pictures that were made otherwise."""
-    made_by = json.loads(json.dumps(made_by))
-    before = _read_notes(file) if drawn and file.exists() else made_by
-    told = [f"{key} was {before.get(key)} and is {now}" for key, now in made_by.items() if before.get(key) != now]
+def _refuse_drawn_otherwise(file: Path, made_by: dict[str, Any], key: str) -> None:
+    """Pictures of another model, size or guidance are neither mixed in nor taken for the base's own."""
+    if not file.exists():
+        return
+    before = _read_notes(file)
+    told = [f"{name} was {before.get(name)} and is {now}" for name, now in made_by.items() if before.get(name) != now]
     if told:
         raise DataError(
             f"the class pictures in {file.parent} were drawn otherwise: {'; '.join(told)}. Give an empty folder with: "
-            "data.N.path=FOLDER, or take the pictures as they are with: data.N.generate=null data.N.drawing=null"
+            f"{key}.path=FOLDER, or take the pictures as they are with: {key}.generate=null {key}.drawing=null"
         )
-    if made_by:
-        write_atomically(file, (json.dumps(made_by, indent=2) + "\n").encode())
 
 
 def _read_notes(file: Path) -> dict[str, Any]:
@@ -108,11 +114,11 @@ def _read_notes(file: Path) -> dict[str, Any]:
         raise DataError(f"{file} cannot be read: {error}; remove the folder {file.parent} to draw anew") from error
 
 
-def _refuse_other_prompts(folder: Path, drawn: dict[str, dict[str, Any]], prompts: Sequence[str]) -> None:
+def _refuse_other_prompts(folder: Path, drawn: dict[str, dict[str, Any]], prompts: Sequence[str], key: str) -> None:
     for name, row in drawn.items():
         prompt = prompts[int(name.removeprefix("class-").removesuffix(".png")) % len(prompts)]
         if row.get("text") != prompt:
             raise DataError(
                 f"{folder / name} was drawn for {row.get('text')!r}, but now {prompt!r} is asked for; give an empty "
-                "folder with: data.N.path=FOLDER, or the prompts of before."
+                f"folder with: {key}.path=FOLDER, or the prompts of before."
             )

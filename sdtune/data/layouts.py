@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sdtune.data.folder import METADATA_FILES, SPLITS
 from sdtune.data.metadata import is_picture, list_files
+from sdtune.errors import DataError
 
 TAR, PARQUET = ".tar", ".parquet"
 
@@ -15,7 +16,8 @@ def archives(path: Path, split: str) -> list[Path]:
 
     Args:
         path: one such file, a pattern such as shards/*.tar, or a folder. A folder with pictures or metadata is taken
-            as such; shards go before parquet files, which img2dataset writes beside them.
+            as such; shards go before parquet files, which img2dataset writes beside them. Raises DataError where
+            there are splits, but not this one.
         split: of files that carry the names of splits, as those of the Hub do, the ones of this split.
     """
     if path.is_file():
@@ -30,14 +32,17 @@ def archives(path: Path, split: str) -> list[Path]:
     for suffix in (TAR, PARQUET):
         found = [name for name in names if name.lower().endswith(suffix)]
         if found:
-            return [path / name for name in _of_split(found, split)]
+            return [path / name for name in _of_split(path, found, split)]
     return []
 
 
-def _of_split(names: list[str], split: str) -> list[str]:
+def _of_split(folder: Path, names: list[str], split: str) -> list[str]:
     """Those whose file or folder is named after the split; all where no name tells of one."""
     splits = {name: _split(name) for name in names}
-    return [name for name in names if splits[name] == split] if any(splits.values()) else names
+    known = sorted({found for found in splits.values() if found})
+    if known and split not in known:
+        raise DataError(f"{folder} has no split {split!r}; it has: {', '.join(known)}.")
+    return [name for name in names if splits[name] == split] if known else names
 
 
 def _split(name: str) -> str | None:

@@ -42,7 +42,7 @@ def parquet_pictures(
             if prompt is not None:
                 captions = [(prompt,)] * rows
             else:
-                texts = opened.read_row_group(group, columns=[text_column]).column(0).to_pylist()
+                texts = _column(file, opened, group, text_column).to_pylist()
                 captions = [tuple(captions_of(text)) for text in texts]
             for row, some in enumerate(captions):
                 name = f"{file.name}/{group}-{row:06d}"
@@ -63,7 +63,22 @@ def _open(file: Path) -> Any:
     try:
         return ParquetFile(file)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file} cannot be read as a parquet file ({error}); fetch or write it again") from error
+        raise _damaged(file, error) from error
+
+
+def _column(file: Path, opened: Any, group: int, column: str) -> Any:
+    """A column of a row group."""
+    import pyarrow
+
+    try:
+        return opened.read_row_group(group, columns=[column]).column(0)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> DataError:
+    what = " ".join(str(error).split())
+    return DataError(f"{file} cannot be read as a parquet file ({what}); fetch or write it again")
 
 
 def _check_columns(file: Path, opened: Any, image_column: str, text_column: str | None, key: str) -> None:
@@ -78,7 +93,7 @@ def _check_columns(file: Path, opened: Any, image_column: str, text_column: str 
 
 @lru_cache(maxsize=KEPT)
 def _group(file: str, group: int, column: str) -> Any:
-    return _open(Path(file)).read_row_group(group, columns=[column]).column(0)
+    return _column(Path(file), _open(Path(file)), group, column)
 
 
 def _cell(file: str, group: int, column: str, row: int) -> bytes | str:

@@ -74,7 +74,7 @@ def read_shard(shard: Path) -> Iterator[Sample]:
     """The samples of a tar file; texts are read, pictures only located."""
     sample: Sample | None = None
     try:
-        length = shard.stat().st_size
+        length = _whole_length(shard)
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 if not member.isfile():
@@ -93,7 +93,7 @@ def read_shard(shard: Path) -> Iterator[Sample]:
                 _take(sample, archive, member, f".{rest.lower()}")
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(
-            f"{shard} cannot be read as a tar file ({error}); expected a whole and uncompressed WebDataset shard. "
+            f"{shard} cannot be read as a WebDataset shard ({error}); expected a whole and uncompressed tar file. "
             "Fetch it again, or unpack it if it is compressed"
         ) from error
     if sample is not None:
@@ -111,7 +111,27 @@ def _take(sample: Sample, archive: tarfile.TarFile, member: tarfile.TarInfo, suf
         if suffix == ".txt":
             sample.txt = content
         else:
-            sample.json = json.loads(content)
+            sample.json = _object(member.name, content)
+
+
+def _whole_length(shard: Path) -> int:
+    """Size of a tar file in bytes. Raises ReadError where it does not end in zeros, as tar files do."""
+    with open(shard, "rb") as file:
+        length = file.seek(0, 2)
+        file.seek(max(0, length - tarfile.BLOCKSIZE))
+        if file.read().strip(b"\0"):
+            raise tarfile.ReadError("its end is missing")
+    return length
+
+
+def _object(name: str, content: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} holds {content.strip()[:40]}, expected a JSON object")
+    return value
 
 
 def _slice(file: str, offset: int, size: int) -> bytes:

@@ -8,7 +8,9 @@
 Nothing is decoded here: a picture is its name, its captions and a way to read its bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
@@ -87,3 +89,13 @@ def load_source(
     else:
         pictures = shard_pictures(files, text_column, prompt, key)
     return Source(tuple(pictures), role, repeats, weight)
+
+
+def fingerprint(sources: Sequence[Source]) -> str:
+    """How many pictures there are, and a hash of their names, captions and weights, in order."""
+    digest, count = blake2b(digest_size=6), 0
+    for source in sources:
+        for picture in source.pictures:
+            count += 1
+            digest.update(repr((source.role, picture.name, picture.captions, picture.weight)).encode())
+    return f"{count} ({digest.hexdigest()})"

@@ -92,9 +92,14 @@ def test_shards_with_folders_dots_and_several_pictures(tmp_path: Path) -> None:
 def test_faults_of_shards_are_told(tmp_path: Path) -> None:
     folder = img2dataset(tmp_path / "shards")
     whole = (folder / "00001.tar").read_bytes()
-    for content in (whole[:560], b"not a tar at all", b""):
+    between = whole[: 512 * 4]
+    for content in (whole[:560], between, b"not a tar at all", b""):
         (folder / "00001.tar").write_bytes(content)
-        with pytest.raises(DataError, match="00001.tar.*cannot be read as a tar file.*Fetch it again"):
+        with pytest.raises(DataError, match="00001.tar.*cannot be read as a WebDataset shard.*Fetch it again"):
+            load_source(path=folder)
+    for text, told in ((b"[1]", "1.json holds .1., expected a JSON object"), (b"{", "1.json is not JSON")):
+        make_shard(folder / "00001.tar", {"1.png": png(1), "1.txt": b"a", "1.json": text})
+        with pytest.raises(DataError, match=told):
             load_source(path=folder)
     make_shard(folder / "00001.tar", {"1.png": png(1), "2.png": png(2), "2.txt": b" \n"})
     with pytest.raises(DataError, match=r"2 pictures, 00001.tar/1, 00001.tar/2, are without caption.*data.3.prompt"):
@@ -127,6 +132,8 @@ def test_splits_of_files(tmp_path: Path) -> None:
         make_parquet(tmp_path / "data" / f"{split}-0000{number}-of-2.parquet", [{"image": png(number), "text": "a"}])
     assert contents(load_source(path=tmp_path)) == [png(0), png(1)]
     assert contents(load_source(path=tmp_path, split="test")) == [png(2)]
+    with pytest.raises(DataError, match="has no split 'val'; it has: test, train"):
+        load_source(path=tmp_path, split="val")
     make_shard(tmp_path / "tars" / "val" / "1.tar", {"1.png": png(1), "1.txt": b"a"})
     make_shard(tmp_path / "tars" / "train" / "2.tar", {"2.png": png(2), "2.txt": b"a"})
     assert contents(load_source(path=tmp_path / "tars", split="val")) == [png(1)]
@@ -140,6 +147,10 @@ def test_faults_of_parquet_are_told(tmp_path: Path) -> None:
         load_source(path=file, text_column="words", key="data.1")
     with pytest.raises(DataError, match="holds no picture"):
         load_source(path=file, prompt="x").pictures[1].read()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :])
+    with pytest.raises(DataError, match="a.parquet cannot be read as a parquet file"):
+        load_source(path=file)
     file.write_bytes(b"PAR1 and nothing else")
     with pytest.raises(DataError, match="cannot be read as a parquet file"):
         load_source(path=file)
