@@ -1,7 +1,6 @@
 """`sdtune check`: a data set, or all that a recipe needs, looked at before any training."""
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ from sdtune.data.check import Identity, Report, check
 from sdtune.data.check_captions import Reader, holds
 from sdtune.data.check_findings import Finding, about, worst_first
 from sdtune.data.check_reading import Entry, Reading
-from sdtune.data.check_report import as_text, as_values, megabytes
+from sdtune.data.check_report import as_text, as_values
 from sdtune.data.check_sizes import Frame
 from sdtune.data.check_watch import watch
 from sdtune.data.folder import splits_of
@@ -104,7 +103,10 @@ def data_set_entries(target: str, prompt: str | None, image_column: str, text_co
 def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> tuple[Report, Facts, dict[str, Any]]:
     """A recipe's data sets and models. Raises ConfigError with all its faults."""
     from sdtune.building import make_source, picture_size
+    from sdtune.estimate import disk_findings, estimate, recipe_facts
+    from sdtune.libraries import prepare
 
+    prepare()
     recipe = load(target, overrides)
     entries = []
     for number, settings in enumerate(recipe.data):
@@ -137,9 +139,11 @@ def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> 
     models = named_models(recipe)
     more = [*model_findings(models), *_samples_without(recipe, trigger)]
     report = replace(report, findings=worst_first([*report.findings, *more]))
-    facts = [*([_reading_fact(reader())] if text else []), *recipe_facts(recipe, report), _model_fact(models)]
+    known = estimate(recipe, report)
+    report = replace(report, findings=worst_first([*report.findings, *disk_findings(known)]))
+    facts = [*([_reading_fact(reader())] if text else []), *recipe_facts(recipe, known), _model_fact(models)]
     values = [{"key": each.key, "name": each.name, "here": each.here, "lacks": list(each.lacks)} for each in models]
-    return report, facts, {"models": values, "trigger": trigger, **estimate(recipe, report)}
+    return report, facts, {"models": values, "trigger": trigger, **known}
 
 
 def rare_word(recipe: Recipe) -> str | None:
@@ -164,56 +168,6 @@ def set_aside(recipe: Recipe, readings: Sequence[Reading]) -> set[Identity]:
 
     _, aside = held_out(sources, recipe.validation.fraction, recipe.train.seed)
     return {(picture.origin, picture.name) for picture in aside.pictures}
-
-
-def estimate(recipe: Recipe, report: Report) -> dict[str, Any]:
-    """What is known of the run before it: samples, epochs, bytes of cached latents and free disk."""
-    repeats = [each.repeats for each in recipe.data if each.role == "instance"]
-    numbers = [len(reading.pictures) for reading in report.readings if reading.entry.role == "instance"]
-    samples = recipe.train.steps * recipe.train.batch_size * recipe.train.accumulate
-    epoch = sum(number * times for number, times in zip(numbers, repeats, strict=True))
-    place = Path(recipe.output.dir).absolute()
-    while not place.exists():
-        place = place.parent
-    return {
-        "samples": samples,
-        "epochs": round(samples / epoch, 2) if epoch else None,
-        "cached_latents_bytes": latents_bytes(recipe, report.frame) * len(report.good) if recipe.train.cache else 0,
-        "disk_free_bytes": shutil.disk_usage(place).free,
-        "class_pictures_to_draw": sum(each.generate or 0 for each in recipe.data),
-    }
-
-
-def latents_bytes(recipe: Recipe, frame: Frame) -> int:
-    """Bytes that the cache keeps of one picture: mean and deviation of its latents in float32.
-
-    Where the VAE's configuration is not here, 4 channels at an eighth of the size, as Stable Diffusion's.
-    """
-    channels, factor = 4, 8
-    config = Path(resolve_asset(recipe.model.base or "")) / "vae" / "config.json"
-    if config.is_file():
-        values = json.loads(config.read_text(encoding="utf-8"))
-        channels = values.get("latent_channels", channels)
-        factor = 2 ** (len(values.get("block_out_channels", [0] * 4)) - 1)
-    return 2 * 4 * channels * (frame.height // factor) * (frame.width // factor)
-
-
-def recipe_facts(recipe: Recipe, report: Report) -> Facts:
-    """The estimate in words."""
-    known = estimate(recipe, report)
-    size, steps = recipe.train.batch_size * recipe.train.accumulate, recipe.train.steps
-    seen = f"{steps:,} steps of {size} = {known['samples']:,} samples"
-    if known["epochs"] is not None:
-        seen += f", each picture {known['epochs']:g} times"
-    facts = [
-        ("training", f"{seen}, on one process. How long a step takes, only a run tells: add train.steps=20"),
-        ("disk", f"{megabytes(known['disk_free_bytes'])} are free for {recipe.output.dir}; check writes nothing"),
-    ]
-    if recipe.train.cache and recipe.task == "denoising":
-        facts.append(("memory", f"about {megabytes(known['cached_latents_bytes'])} of cached latents, 2.1 GB at most"))
-    if known["class_pictures_to_draw"]:
-        facts.append(("class", f"up to {known['class_pictures_to_draw']} pictures, which the run draws first"))
-    return facts
 
 
 def _samples_without(recipe: Recipe, trigger: str | None) -> list[Finding]:

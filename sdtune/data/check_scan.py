@@ -184,14 +184,17 @@ def _look_at_chunk(contents: Iterable[bytes | str | Look]) -> list[Look]:
         return [content if isinstance(content, Look) else look_at(content) for content in contents]
 
 
-def _in_order(
-    pool: ProcessPoolExecutor, contents: Iterable[list[bytes | str | Look]], ahead: int
-) -> Iterator[Look]:
-    """The looks of all chunks; at most `ahead` of them wait, for the bytes of a stream fill the memory."""
+def _in_order(pool: ProcessPoolExecutor, contents: Iterable[list[bytes | str | Look]], ahead: int) -> Iterator[Look]:
+    """The looks of all chunks. When `ahead` of them wait, as while the processes start, this process helps."""
     waiting: deque[Future[list[Look]]] = deque()
     for chunk in contents:
-        waiting.append(pool.submit(_look_at_chunk, chunk))
-        if len(waiting) > ahead:
+        while waiting and waiting[0].done():
             yield from waiting.popleft().result()
+        if sum(not each.done() for each in waiting) < ahead:  # the bytes of a stream fill the memory
+            waiting.append(pool.submit(_look_at_chunk, chunk))
+        else:
+            own: Future[list[Look]] = Future()
+            own.set_result(_look_at_chunk(chunk))
+            waiting.append(own)
     while waiting:
         yield from waiting.popleft().result()

@@ -1,0 +1,223 @@
+"""What a run will take before it is begun: time, disk, memory. Told from the shapes of its model, without weights.
+
+The floating point operations of a step are counted on a model without weights; how many this machine does in a second
+is measured on a convolution, for a moment. It is an estimate: within a factor of two of the truth where it was tried.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from sdtune import building
+from sdtune.config import Recipe, resolve_asset
+from sdtune.data.check import Report
+from sdtune.data.check_findings import Finding, about
+from sdtune.data.check_report import megabytes
+from sdtune.data.check_sizes import Frame
+from sdtune.local_models import named_models
+from sdtune.models import AutoencoderKL, UNet2DConditionModel
+
+MEASURED = 0.3  # seconds
+FLOATS = 4  # bytes of a float32
+Facts = list[tuple[str, str]]
+
+
+def network_config(recipe: Recipe) -> dict[str, Any] | None:
+    """The configuration of the network that learns; None where it is not on this machine."""
+    part = "vae" if recipe.task == "autoencoding" else "unet"
+    made = (recipe.model.from_config or {}).get(part)
+    if isinstance(made, dict):
+        return made
+    folders = [Path(resolve_asset(made))] if isinstance(made, str) else []
+    folders += [each.folder for each in named_models(recipe) if each.key == "model.base" and each.folder]
+    for folder in folders:
+        for file in (folder / part / "config.json", folder / "config.json"):
+            if file.is_file():
+                return dict(json.loads(file.read_text(encoding="utf-8")))
+    return None
+
+
+def make_empty(recipe: Recipe, config: dict[str, Any]) -> Any:
+    """The network that learns, without memory for its weights."""
+    kind: Any = AutoencoderKL if recipe.task == "autoencoding" else UNet2DConditionModel
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def sample_flops(recipe: Recipe, network: Any) -> int:
+    """Floating point operations of the forward pass of one sample."""
+    height, width = building.picture_size(recipe)
+    config = network.config
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
+        if recipe.task == "autoencoding":
+            network(torch.empty(1, config.in_channels, height, width))
+        else:
+            _, factor = latents_of(recipe)
+            network(**denoiser_inputs(config, height // factor, width // factor, recipe.images.max_tokens + 2))
+    return int(counter.get_total_flops())
+
+
+def denoiser_inputs(config: Any, height: int, width: int, tokens: int) -> dict[str, Any]:
+    """Arguments for one sample of so many latents, of the right shapes."""
+    latents = torch.empty(1, config.in_channels, height, width)
+    inputs: dict[str, Any] = {"sample": latents, "timestep": torch.empty(1)}
+    inputs["encoder_hidden_states"] = torch.empty(1, tokens, config.cross_attention_dim)
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+    return inputs
+
+
+def machine_speed(precision: str) -> float:
+    """Floating point operations a second of this machine: a convolution as they stand in a UNet, in that precision."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    x, weight = torch.randn(8, 256, 16, 16, device=device, dtype=dtype), torch.randn(256, 256, 3, 3).to(device, dtype)
+    flops, count = 2 * x.numel() * 256 * 9, 0
+
+    def work() -> Tensor:
+        return F.conv2d(x, weight, padding=1)
+
+    work().sum().item()  # the first call prepares
+    began = time.perf_counter()
+    while (passed := time.perf_counter() - began) < MEASURED:
+        work().sum().item()
+        count += 1
+    return flops * count / passed
+
+
+def run_seconds(recipe: Recipe, flops: int, speed: float) -> float:
+    """Seconds of all steps.
+
+    Forward and, of about the same cost each, backward to the activations and, in full training, to the weights; once
+    more forward under gradient checkpointing. Class pictures double the samples.
+    """
+    passes = 2 + (recipe.adapter.kind == "full") + recipe.train.gradient_checkpointing
+    paired = 1 + any(source.role == "class" for source in recipe.data)
+    samples = recipe.train.steps * recipe.train.batch_size * recipe.train.accumulate * paired
+    return samples * passes * flops / speed
+
+
+def learning_numbers(recipe: Recipe, network: nn.Module) -> int:
+    """How many numbers learn in the denoiser, or the VAE."""
+    if recipe.adapter.kind == "full":
+        return sum(parameter.numel() for parameter in network.parameters())
+    rank, targets = recipe.adapter.rank, building.make_adapter(recipe).targets  # type: ignore[attr-defined]
+    count = 0
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and any(f".{name}".endswith(f".{end}") for end in targets):
+            out, into, *kernel = module.weight.shape
+            count += rank * (into * torch.Size(kernel).numel() + out)
+    return count
+
+
+def written_bytes(recipe: Recipe, network: nn.Module) -> int:
+    """Bytes that the run folder takes at its largest: final/ and the checkpoints that are kept, in float32.
+
+    A checkpoint holds the weights as other tools read them, the learning numbers, and the optimizer's two averages; an
+    EMA is one more. Text encoders and what stays of the base are counted for full training as the network is.
+    """
+    learning = FLOATS * learning_numbers(recipe, network)
+    every = recipe.output.checkpoint_every
+    taken = 0 if every is None else -(-recipe.train.steps // every)
+    kept = taken if recipe.output.keep_last is None else min(taken, recipe.output.keep_last + 1)  # one while it is made
+    return learning * (1 + kept * (4 + (recipe.train.ema is not None)))
+
+
+def run_cost(recipe: Recipe) -> dict[str, float | int | None]:
+    """`seconds` and `disk_written_bytes` of a run; None where its model is not on this machine."""
+    config = network_config(recipe)
+    if config is None:
+        return {"seconds": None, "disk_written_bytes": None}
+    network = make_empty(recipe, config)
+    seconds = run_seconds(recipe, sample_flops(recipe, network), machine_speed(recipe.train.precision))
+    return {"seconds": round(seconds, 1), "disk_written_bytes": written_bytes(recipe, network)}
+
+
+# --- with the data ----------------------------------------------------------------------------------------------------
+
+
+def estimate(recipe: Recipe, report: Report) -> dict[str, Any]:
+    """What is known of the run before it: samples, epochs, time, bytes of cached latents and of disk."""
+    repeats = [each.repeats for each in recipe.data if each.role == "instance"]
+    numbers = [len(reading.pictures) for reading in report.readings if reading.entry.role == "instance"]
+    samples = recipe.train.steps * recipe.train.batch_size * recipe.train.accumulate
+    epoch = sum(number * times for number, times in zip(numbers, repeats, strict=True))
+    place = Path(recipe.output.dir).absolute()
+    while not place.exists():
+        place = place.parent
+    return {
+        "samples": samples,
+        "epochs": round(samples / epoch, 2) if epoch else None,
+        "cached_latents_bytes": latents_bytes(recipe, report.frame) * len(report.good) if recipe.train.cache else 0,
+        "disk_free_bytes": shutil.disk_usage(place).free,
+        **run_cost(recipe),
+        "class_pictures_to_draw": sum(each.generate or 0 for each in recipe.data),
+    }
+
+
+def latents_bytes(recipe: Recipe, frame: Frame) -> int:
+    """Bytes that the cache keeps of one picture: mean and deviation of its latents in float32."""
+    channels, factor = latents_of(recipe)
+    return 2 * FLOATS * channels * (frame.height // factor) * (frame.width // factor)
+
+
+def latents_of(recipe: Recipe) -> tuple[int, int]:
+    """Channels of the latents, and how many pixels lie along the side of one.
+
+    Where the VAE's configuration is not here, 4 and 8, as Stable Diffusion's.
+    """
+    made = recipe.model.vae or (recipe.model.from_config or {}).get("vae") or recipe.model.base or ""
+    values = made if isinstance(made, dict) else {}
+    if isinstance(made, str):
+        for file in (Path(resolve_asset(made)) / "vae" / "config.json", Path(resolve_asset(made)) / "config.json"):
+            if file.is_file() and not values:
+                values = json.loads(file.read_text(encoding="utf-8"))
+    return values.get("latent_channels", 4), 2 ** (len(values.get("block_out_channels", [0] * 4)) - 1)
+
+
+def recipe_facts(recipe: Recipe, known: Mapping[str, Any]) -> Facts:
+    """The estimate in words."""
+    size, steps = recipe.train.batch_size * recipe.train.accumulate, recipe.train.steps
+    seen = f"{steps:,} steps of {size} = {known['samples']:,} samples"
+    if known["epochs"] is not None:
+        seen += f", each picture {known['epochs']:g} times"
+    facts = [("training", f"{seen}, on one process")]
+    if known["seconds"] is not None:
+        what = f"roughly {_duration(known['seconds'])} on this machine, as busy as it is now"
+        facts.append(("time", f"{what}; encoding, samples and saving not counted"))
+        written = f"the run writes about {megabytes(known['disk_written_bytes'])}"
+    else:
+        facts.append(("time", "not known while the model is not here"))
+        written = "how much the run writes is not known while the model is not here"
+    facts.append(("disk", f"{written}; {megabytes(known['disk_free_bytes'])} are free for {recipe.output.dir}"))
+    if recipe.train.cache and recipe.task == "denoising":
+        facts.append(("memory", f"about {megabytes(known['cached_latents_bytes'])} of cached latents, 2.1 GB at most"))
+    if known["class_pictures_to_draw"]:
+        facts.append(("class", f"up to {known['class_pictures_to_draw']} pictures, which the run draws first"))
+    return facts
+
+
+def disk_findings(known: Mapping[str, Any]) -> list[Finding]:
+    """A run folder that does not fit on its disk."""
+    needed, free = known["disk_written_bytes"], known["disk_free_bytes"]
+    if needed is None or needed <= free:
+        return []
+    names = [f"{megabytes(needed)} to write, {megabytes(free)} free"]
+    do = "free some, choose another disk with output.dir=FOLDER, or keep fewer checkpoints (output.keep_last)"
+    return about("fatal", "disk", names, "run folders that do not fit on the disk", do)
+
+
+def _duration(seconds: float) -> str:
+    """Rounded: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
