@@ -146,6 +146,7 @@ def _caption(
     from data_tools.captioner import Captioner, choose_device
 
     logging.set_verbosity_error()  # it warns at each batch of tokens and lengths that are as they should be
+    logging.disable_progress_bar()
 
     with _main_first():  # a download happens once
         captioner = Captioner(wanted, choose_device())

@@ -1,25 +1,29 @@
 """`sdtune demo`: teaches the embedded tiny model 16 new things, and measures what it learned and what it kept.
 
-The training is the shipped recipe `dreambooth_lora_tiny`, run as `sdtune train` runs it. Around it every new thing and
+The pictures are captioned first, by the embedded tiny BLIP, and what it got wrong is mended, as a person would. The
+training is the shipped recipe `dreambooth_lora_tiny`, run as `sdtune train` runs it. Around it every new thing and
 some of the old ones are drawn twice, before and after, from the same noise. A picture counts as right when, among the
 285 things that the base knows and the 16 new ones, the nearest is the one that was asked for (`sdtune/evaluate.py`).
 """
 
 import json
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
 
 from sdtune import evaluate
 from sdtune.adapters.lora_files import WEIGHTS_NAME
-from sdtune.config import Recipe, load
+from sdtune.config import Recipe, load, resolve_asset
 from sdtune.contact_sheet import contact_sheet
+from sdtune.data.metadata import read_rows, write_rows
 from sdtune.diffusion import draws
 from sdtune.libraries import prepare
 from sdtune.progress import show_progress
@@ -50,10 +54,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the demo found: shares in [0, 1], seconds of each part, and its files."""
+    """What the demo found: shares in [0, 1], the captioner's words for each thing, seconds of each part, its files."""
 
     new: Comparison
     old: Comparison
+    captions: dict[str, str]
     parts: dict[str, float]
     report: Path
     lora: Path
@@ -65,6 +70,7 @@ class Outcome:
             "new_after": self.new.share_after,
             "old_before": self.old.share_before,
             "old_after": self.old.share_after,
+            "captions_right": sum(named_right(self.captions)) / len(self.captions),
             "seconds": round(sum(self.parts.values()), 1),
             "report": str(self.report),
             "lora": str(self.lora),
@@ -92,7 +98,7 @@ def command(out: Path, *, prior: bool = True, as_json: bool = False) -> int:
 def free_folder(out: Path) -> Path:
     """`out`, or `out`-2, `out`-3 ...: the first that is missing or an empty folder."""
     number, folder = 1, out
-    while folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    while not all(not each.exists() or each.is_dir() and not any(each.iterdir()) for each in (folder, taught(folder))):
         number += 1
         folder = out.with_name(f"{out.name}-{number}")
     return folder
@@ -108,6 +114,8 @@ def run_demo(folder: Path, *, prior: bool = True, old: int = OLD, overrides: Seq
         overrides: changes to the recipe, key=value each.
     """
     clock = Clock()
+    with clock.part("captioning the new pictures"):
+        captions = caption_pictures(taught(folder))
     with clock.part("loading the model" + " and drawing class pictures with it" * prior):
         recipe = demo_recipe(folder, prior, overrides)
         run = Run(recipe)
@@ -125,11 +133,48 @@ def run_demo(folder: Path, *, prior: bool = True, old: int = OLD, overrides: Seq
         intro = (
             "The tiny text-to-image model that comes with sdtune was taught 16 things that it had never seen, from one "
             "picture each. Every thing was drawn from the same noise before and after. A drawing counts as right when, "
-            f"of {len(names)} pictures, the one asked for is the nearest to it."
+            f"of {len(names)} pictures, the one asked for is the nearest to it. Before, the pictures were captioned by "
+            f"the tiny BLIP that comes along. {told(captions)}"
         )
         report = write_report(run.folder, title="What the demo learned", intro=intro, comparisons=[new, kept])
         contact_sheet([new, kept]).save(run.folder.path / "before_after.png", optimize=True)
-    return Outcome(new, kept, clock.parts, report, run.folder.final / WEIGHTS_NAME)
+    return Outcome(new, kept, captions, clock.parts, report, run.folder.final / WEIGHTS_NAME)
+
+
+def taught(folder: Path) -> Path:
+    """Where the pictures with their captions stand, beside the run folder."""
+    return folder.with_name(f"{folder.name}-pictures")
+
+
+def caption_pictures(folder: Path) -> dict[str, str]:
+    """Captions the bundled pictures into `folder`, then puts the right names where the captioner was wrong.
+
+    Returns:
+        What it said of each thing, by its name.
+    """
+    from data_tools.caption import caption_folder
+
+    bundled = Path(resolve_asset("assets:demo"))
+    names = {row["file_name"]: row["text"] for row in read_rows(bundled)}
+    with TemporaryDirectory() as place:
+        for name in names:
+            shutil.copyfile(bundled / name, Path(place) / name)  # without the names that stand beside them
+        caption_folder(place, out=folder, model="tiny")
+    said = {row["file_name"]: row["text"] for row in read_rows(folder)}
+    write_rows(folder, [{"file_name": name, "text": names[name], "caption": said[name]} for name in names])
+    return {names[name]: said[name] for name in names}
+
+
+def named_right(captions: Mapping[str, str]) -> list[bool]:
+    """Whether each caption is the thing's name."""
+    return [caption.strip().lower() == name.lower() for name, caption in captions.items()]
+
+
+def told(captions: Mapping[str, str]) -> str:
+    """How good the captions were, in words."""
+    right = named_right(captions)
+    wrong = " The right names were put in place of the others, as a person would." if not all(right) else ""
+    return f"It named {sum(right)} of {len(right)} right; it knows these things in another style only.{wrong}"
 
 
 def demo_recipe(folder: Path, prior: bool, overrides: Sequence[str]) -> Recipe:
@@ -137,6 +182,8 @@ def demo_recipe(folder: Path, prior: bool, overrides: Sequence[str]) -> Recipe:
     recipe = load(RECIPE, overrides)
     recipe.output.dir = str(folder)
     for source in recipe.data:
+        if source.role == "instance":
+            source.path = str(taught(folder))
         if source.role == "class":
             source.path = str(folder / "class_pictures")
     if not prior:
@@ -229,7 +276,8 @@ def judge(new: Sequence[Case], old: Sequence[Case]) -> tuple[Comparison, Compari
 
 def table(outcome: Outcome) -> str:
     """The result for a person."""
-    lines = [f"\n{'right drawings':<16}{'before':>8}{'after':>8}   expected"]
+    lines = [f"\nThe tiny BLIP captioned the pictures. {told(outcome.captions)}"]
+    lines += [f"\n{'right drawings':<16}{'before':>8}{'after':>8}   expected"]
     for each in (outcome.new, outcome.old):
         word = "reached" if each.reached else "not reached"
         before, after = percent(each.share_before), percent(each.share_after)

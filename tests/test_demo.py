@@ -12,6 +12,8 @@ from PIL import Image
 from sdtune import demo, evaluate
 from sdtune.config import load, resolve_asset
 from sdtune.contact_sheet import contact_sheet
+from sdtune.data.metadata import read_rows
+from sdtune.data.sources import load_source
 from sdtune.report import Case, Comparison
 from sdtune.run_folder import read_metrics
 from tests.factories import make_sd
@@ -25,8 +27,8 @@ def quick(tmp_path_factory):
     base = make_sd(tmp_path_factory.mktemp("models") / "sd")
     return [
         f"model.base={json.dumps(str(base))}", "adapter.rank=2", "adapter.targets=attention", "train.steps=2",
-        "train.batch_size=2", "data.1.generate=3", "validate.every=2", "validate.samples.prompts=[airplane]",
-        "validate.samples.steps=1", "output.trackers=[]",
+        "train.batch_size=2", "data.1.generate=3", "data.1.drawing.steps=1", "validate.every=2",
+        "validate.samples.prompts=[airplane]", "validate.samples.steps=1", "output.trackers=[]",
     ]
 
 
@@ -108,18 +110,32 @@ def test_the_command_keeps_an_earlier_run_and_ends_with_one_json_line(tmp_path, 
 
     def run_demo(folder, prior):
         assert (folder, prior) == (tmp_path / "demo-2", False)
-        return demo.Outcome(both, both, {"training": 1.5}, folder / "report.html", folder / "lora")
+        captions = {"airplane": "airplane", "ribbon": "bow"}
+        return demo.Outcome(both, both, captions, {"training": 1.5}, folder / "report.html", folder / "lora")
 
     monkeypatch.setattr(demo, "run_demo", run_demo)
     assert demo.command(out, prior=False, as_json=True) == 0
     printed = capsys.readouterr()
     assert printed.out.count("\n") == 1
     assert json.loads(printed.out) == {
-        "new_before": 0.0, "new_after": 1.0, "old_before": 0.0, "old_after": 1.0, "seconds": 1.5,
+        "new_before": 0.0, "new_after": 1.0, "old_before": 0.0, "old_after": 1.0, "captions_right": 0.5,
+        "seconds": 1.5,
         "report": str(tmp_path / "demo-2" / "report.html"), "lora": str(tmp_path / "demo-2" / "lora"),
     }
     assert "demo-2" in printed.err and "0 %" in printed.err
+    assert "It named 1 of 2 right" in printed.err and "The right names were put in place" in printed.err
     assert (out / "run.yaml").read_text(encoding="utf-8") == "kept"
+
+
+def test_the_pictures_are_captioned_for_real_and_mended(tmp_path):
+    captions = demo.caption_pictures(tmp_path / "pictures")
+    names, _ = evaluate.load_demo()
+    assert list(captions) == names
+    rows = read_rows(tmp_path / "pictures")
+    assert [row["text"] for row in rows] == names and [row["caption"] for row in rows] == list(captions.values())
+    assert all(captions.values())
+    source = load_source(path=tmp_path / "pictures")
+    assert [picture.captions for picture in source.pictures] == [(name,) for name in names]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ TYPED = [command for command in COMMANDS if command not in MAKE]
 
 def test_there_are_commands_of_every_kind():
     assert {"make demo", "make test"} <= set(MAKE)
-    for start in ("sdtune train", "sdtune sample", "sdtune recipes", "accelerate launch -m sdtune train", "python "):
+    commands = ("caption", "coco", "check", "dedupe", "train", "sample", "recipes")
+    for start in (*(f"sdtune {name}" for name in commands), "accelerate launch -m sdtune train", "python "):
         assert any(command.startswith(start) for command in TYPED), start
 
 
@@ -60,6 +61,8 @@ def test_the_metadata_shown_can_be_read(tmp_path):
 def words_of(command, base):
     """A command as it is run here: with this Python, few steps, and the small model in place of hub ids."""
     words = [str(base) if word == HUB_ID else word for word in shlex.split(command)]
+    if "caption" in words and "--model" not in words:
+        words += ["--model", "tiny"]  # for BLIP of the Hub
     if "train" in words:
         words += QUICK
         if "lora_tiny" in words and not Path(resolve_asset("tiny")).is_dir():
@@ -72,11 +75,20 @@ def words_of(command, base):
     return programs[words[0]] + words[1:]
 
 
+def make_coco(folder):
+    """captions.json in COCO's form, and the folder pictures."""
+    make_photos(folder / "pictures", 4, captions=False)
+    images = [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 64} for i in range(4)]
+    captions = [{"id": i, "image_id": i // 2, "caption": f"a dog {i}"} for i in range(8)]
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}), encoding="utf-8")
+
+
 def test_the_commands_run_from_top_to_bottom(tmp_path):
     """In an empty folder with `photos`; a recipe that was copied gets a small model, which stands for the hub id."""
     base = make_sd(tmp_path / "model")
     work = tmp_path / "work"
-    make_photos(work / "photos", 3)
+    make_photos(work / "photos", 3, captions=False)
+    make_coco(work)
     (work / "examples").symlink_to(ROOT / "examples")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     for command in TYPED:

@@ -11,12 +11,12 @@ from PIL import Image
 from data_tools.caption_settings import Settings
 from data_tools.captioner import Captioner, RowNoise, choose_device, commit_of, precision_on, resolve_model
 from sdtune.errors import HubError, UsageError, WeightsError
+from sdtune.evaluate import load_thumbnails
 from tests.data_tools.conftest import noise
 from tests.data_tools.models import MAKERS
 
 CPU = torch.device("cpu")
 NAMES = ["a.png", "b.png", "c.png"]
-TINY = Path(resolve_model("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -215,15 +215,23 @@ def test_the_command_line_has_every_setting():
         assert options[field.name].default == field.default, field.name
 
 
-@pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the captioner tiny is not built yet")
-def test_tiny_names_pictures_of_the_demo(root):
-    from sdtune.data.metadata import read_rows
-
-    rows = read_rows(root / "sdtune/assets/demo")
+def tiny_captions(pictures):
     captioner = Captioner(Settings(model="tiny", num_beams=1), CPU)
-    prepared = [captioner.prepare(Image.open(root / "sdtune/assets/demo" / row["file_name"]).convert("RGB"))
-                for row in rows]
-    written = captioner.write(prepared, [row["file_name"] for row in rows], len(rows))
-    right = sum(any(word in texts[0] for word in row["text"].split()[-1:])
-                for row, texts in zip(rows, written, strict=True))
-    assert right >= len(rows) / 2
+    found = []
+    for first in range(0, len(pictures), 95):
+        prepared = [captioner.prepare(Image.fromarray(picture)) for picture in pictures[first : first + 95]]
+        found += captioner.write(prepared, [str(number) for number in range(len(prepared))], len(prepared))
+    return [texts[0] for texts in found]
+
+
+@pytest.mark.parametrize("style", ["fluent", "noto"])
+def test_tiny_names_the_pictures_that_it_learned_from(style):
+    names, pictures = load_thumbnails(style)
+    right = [caption == name for caption, name in zip(tiny_captions(pictures), names, strict=True)]
+    assert sum(right) / len(right) >= 0.95
+
+
+def test_tiny_is_small_and_comes_along():
+    files = [path for path in Path(resolve_model("tiny")).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+
