@@ -70,10 +70,10 @@ class Outcome:
             "new_after": self.new.share_after,
             "old_before": self.old.share_before,
             "old_after": self.old.share_after,
-            "captions_right": sum(named_right(self.captions)) / len(self.captions),
             "seconds": round(sum(self.parts.values()), 1),
             "report": str(self.report),
             "lora": str(self.lora),
+            "captions_right": sum(named_right(self.captions)) / len(self.captions),
         }
 
 

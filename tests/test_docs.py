@@ -30,14 +30,16 @@ LOOKING = ("cat", "head", "echo", "python")  # these show what the others made; 
 def commands(page: Path) -> list[tuple[str, list[str]]]:
     """The commands of a page, and the lines that it shows as their output."""
     found: list[tuple[str, list[str]]] = []
+    shown: list[str] = []  # after the last "$ "
     for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             if kind == "sh" and line.strip():
                 found.append((line, []))
             elif line.startswith("$ "):
-                found.append((line[2:], []))
-            elif found and kind in ("", "console"):
-                found[-1][1].append(line)
+                shown = []
+                found.append((line[2:], shown))
+            elif kind in ("", "console"):
+                shown.append(line)
     return [(command, output) for command, output in found if command.split()[0] not in LOOKING]
 
 
