@@ -70,7 +70,8 @@ def test_every_new_thing_is_drawn_before_and_after(outcome):
 
 def test_what_it_reports_is_what_a_person_can_count(outcome):
     values = outcome.values()
-    assert list(values) == ["new_before", "new_after", "old_before", "old_after", "seconds", "report", "lora", "captions_right"]
+    shares = ["new_before", "new_after", "old_before", "old_after"]
+    assert list(values) == [*shares, "seconds", "report", "lora", "captions_right"]
     assert values["new_before"] == sum(case.right_before for case in outcome.new.cases) / 16
     assert values["old_after"] == sum(case.right_after for case in outcome.old.cases) / 3
     assert values["seconds"] == pytest.approx(sum(outcome.parts.values()), abs=0.1)
