@@ -139,7 +139,7 @@ def run_cost(recipe: Recipe) -> dict[str, float | int | None]:
         return {"seconds": None, "disk_written_bytes": None}
     network = make_empty(recipe, config)
     seconds = run_seconds(recipe, sample_flops(recipe, network), machine_speed(recipe.train.precision))
-    return {"seconds": round(seconds, 1), "disk_written_bytes": written_bytes(recipe, network)}
+    return {"seconds": float(f"{seconds:.3g}"), "disk_written_bytes": written_bytes(recipe, network)}
 
 
 # --- with the data ----------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def test_demo_pictures_are_16_things_that_the_base_does_not_know():
 def test_every_source_of_the_shipped_pictures_has_its_licence():
     notice = (evaluate.ASSETS / "NOTICE.md").read_text(encoding="utf-8")
     licences = sorted((evaluate.ASSETS / "licenses").glob("*.txt"))
-    assert len(licences) == 3
+    assert len(licences) == 4
     for path in licences:
         assert f"licenses/{path.name}" in notice
     assert "Microsoft Corporation" in (evaluate.ASSETS / "licenses" / "fluent-emoji-MIT.txt").read_text()
