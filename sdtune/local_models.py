@@ -1,9 +1,13 @@
 """Which of the models that a recipe names are on this machine, and a tokenizer that counts a caption's tokens."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from sdtune.config import ModelSettings, Recipe, resolve_asset
 from sdtune.data.check_captions import Reader
@@ -84,12 +88,10 @@ def caption_reader(model: ModelSettings | None, max_tokens: int) -> Reader:
     """
     chunks = max(1, max_tokens // CHUNK)
     own = _own_tokenizer(model) if model is not None else None
-    if own is not None:
-        tokenizer = _open(own)
-        length = tokenizer.model_max_length if tokenizer.model_max_length <= 10_000 else CLIP_LENGTH
-        return _reader(tokenizer, chunks * (length - 2), "the model's own tokenizer", exact=True)
-    exact = model is None or Path(str(model.base)).is_file()
-    return _reader(_open(Path(resolve_asset(CLIP))), chunks * (CLIP_LENGTH - 2), "CLIP's tokenizer", exact=exact)
+    one = _open(own if own is not None else Path(resolve_asset(CLIP)))
+    name = "the model's own tokenizer" if own is not None else "CLIP's tokenizer"
+    exact = own is not None or model is None or Path(str(model.base)).is_file()
+    return Reader(one.count, chunks * one.limit, name, exact)
 
 
 def _base(model: ModelSettings, task: str) -> NamedModel:
@@ -177,24 +179,26 @@ def _lacking(model: NamedModel) -> str:
     return f" (lacks {', '.join(model.lacks)})" if model.folder is not None else ""
 
 
-def _open(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
-
+def _open(folder: Path) -> Reader:
+    """A reader of one chunk, the text encoder's length without start and end."""
     try:
-        return CLIPTokenizer.from_pretrained(str(folder))
+        config = folder / "tokenizer_config.json"
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        length = settings.get("model_max_length") or CLIP_LENGTH
+        file = folder / "tokenizer.json"
+        tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else _from_words(folder)
+        tokenizer.no_truncation()
     except Exception as fault:  # json, OS and tokenizers errors
         raise WeightsError(f"'{folder}' cannot be opened as a tokenizer: {' '.join(str(fault).split())}") from fault
+    return Reader(partial(_lengths, tokenizer), (length if length <= 10_000 else CLIP_LENGTH) - 2, "")
 
 
-def _reader(tokenizer: Any, limit: int, name: str, *, exact: bool) -> Reader:
-    def count(captions: Sequence[str]) -> list[int]:
-        return list(_lengths(tokenizer, captions))
+def _from_words(folder: Path) -> Tokenizer:
+    """Of a folder with `vocab.json` and `merges.txt` alone, as older models have it."""
+    from transformers import CLIPTokenizer  # takes a second
 
-    return Reader(count, limit, name, exact)
+    return CLIPTokenizer.from_pretrained(str(folder)).backend_tokenizer
 
 
-def _lengths(tokenizer: Any, captions: Sequence[str]) -> Iterator[int]:
-    for first in range(0, len(captions), 1000):
-        part = list(captions[first : first + 1000])
-        for ids in tokenizer(part, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]:
-            yield len(ids)
+def _lengths(tokenizer: Tokenizer, captions: Sequence[str]) -> list[int]:
+    return [len(each.ids) for each in tokenizer.encode_batch_fast(list(captions), add_special_tokens=False)]

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from PIL import Image
+from transformers import CLIPTokenizer
 from typer.testing import CliRunner
 
 from sdtune import checking
 from sdtune.cli import app
-from sdtune.config import load
+from sdtune.config import load, resolve_asset
 from sdtune.errors import ConfigError, UsageError
-from sdtune.local_models import caption_reader, model_findings, named_models
+from sdtune.local_models import CLIP, caption_reader, model_findings, named_models
 from tests.drawings import drawing, encoded
+
+CLIP_WORDS = Path(__file__).parents[2] / "shared/data/clip-tokenizer"
 
 
 @pytest.fixture(autouse=True)
@@ -244,3 +247,14 @@ def test_a_folder_that_lacks_a_part(recipe, sd, tmp_path, capsys):
     next((base / "text_encoder").glob("*.safetensors")).unlink()
     code, values = checked(capsys, recipe(model={"base": str(base)}))
     assert code == 1 and kinds(values)["model incomplete"]["names"] == [f"model.base '{base}' lacks text_encoder"]
+
+
+@pytest.mark.parametrize("folder", [CLIP_WORDS, Path(resolve_asset(CLIP))], ids=["words", "shipped"])
+def test_tokens_are_counted_as_transformers_counts_them(folder, recipe, sd):
+    texts = ["", "a photo of a cat", "  Ünïcode\n 😀's   [test]  don't ", "<|startoftext|> sks dog, 1girl" * 40]
+    theirs = CLIPTokenizer(vocab=str(CLIP_WORDS / "vocab.json"), merges=str(CLIP_WORDS / "merges.txt"))
+    expected = theirs(texts, add_special_tokens=False, truncation=False)["input_ids"]
+    parts = dict.fromkeys(["unet", "vae", "text_encoder", "scheduler"], str(sd)) | {"tokenizer": str(folder)}
+    own = recipe(model={"from_config": parts})
+    reader = caption_reader(load(own).model, 75)
+    assert reader.exact and reader.count(texts) == [len(ids) for ids in expected]

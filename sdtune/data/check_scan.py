@@ -31,7 +31,7 @@ from sdtune.errors import DataError, SdtuneError
 REDUCED = 64  # pixels of the shorter side that the hash is made of, at least
 CHUNK = 32  # pictures that a process gets at a time
 WORTH_A_PROCESS = 250  # pictures; starting one takes as long as looking at so many
-MOST_PROCESSES = 61  # what Windows can wait for
+MOST_PROCESSES = 62  # Windows can wait for 61 others
 PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 ORIENTATION = 0x0112  # EXIF
 UPRIGHT = {
@@ -76,7 +76,7 @@ def look_at_all(pictures: Sequence[Picture], processes: int | None = None) -> It
 
     Args:
         pictures: files are read by the processes, other pictures (streams) here.
-        processes: how many; by default one a core where there is work for them, else none but this.
+        processes: how many, this one among them; by default one a core where there is work for them.
 
     Raises:
         DataError: a process was ended from outside.
@@ -90,9 +90,9 @@ def look_at_all(pictures: Sequence[Picture], processes: int | None = None) -> It
             yield from _look_at_chunk(chunk)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads that are not there
-    with ProcessPoolExecutor(processes, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(processes - 1, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
-            yield from _in_order(pool, contents, ahead=4 * processes)
+            yield from _in_order(pool, contents, ahead=4 * (processes - 1))
         except BrokenProcessPool as error:
             raise DataError(
                 "a process that decoded pictures was ended from outside, most likely because the memory is full; close "
@@ -185,7 +185,7 @@ def _look_at_chunk(contents: Iterable[bytes | str | Look]) -> list[Look]:
 
 
 def _in_order(pool: ProcessPoolExecutor, contents: Iterable[list[bytes | str | Look]], ahead: int) -> Iterator[Look]:
-    """The looks of all chunks. When `ahead` of them wait, as while the processes start, this process helps."""
+    """The looks of all chunks. When the other processes have `ahead` of them to do, this one does the next."""
     waiting: deque[Future[list[Look]]] = deque()
     for chunk in contents:
         while waiting and waiting[0].done():
