@@ -108,7 +108,7 @@ class DenoisingTask:
 
     def noises(self, batch: Batch, seed: int, purpose: str, rows: Sequence[tuple[int, ...]], t: list[int]) -> Draws:
         """Posterior draw and noise of each row, beside given timesteps."""
-        shape = self.family.latent_shape(*batch.pixels.shape[-2:])
+        shape = self.family.latent_shape(*batch.frame)
         posterior = torch.stack([draws.normal(shape, seed, f"{purpose}posterior", *row) for row in rows])
         noise = torch.stack([draws.normal(shape, seed, f"{purpose}noise", *row) for row in rows])
         return Draws(posterior, noise, torch.tensor(t))  # (B, C, h, w), (B, C, h, w), (B,)
@@ -130,9 +130,10 @@ class DenoisingTask:
         """Mean and deviation of the latents, (B, C, h, w) each; from memory where they are known."""
 
         def compute(rows: list[int]) -> tuple[Tensor, ...]:
+            assert batch.pixels is not None
             return self.family.encode_images(to_float(batch.pixels[rows]))
 
-        device = batch.pixels.device
+        device = batch.weights.device
         if self.latents is None:
             return compute(list(range(len(batch.keys))))  # type: ignore[return-value]
         return self.latents.get(batch.keys, compute, device)  # type: ignore[return-value]
@@ -179,12 +180,13 @@ class AutoencodingTask:
 
     def posterior(self, batch: Batch, seed: int, purpose: str) -> Draws:
         """Which latents stand for each picture."""
-        shape = self.family.latent_shape(*batch.pixels.shape[-2:])
+        shape = self.family.latent_shape(*batch.frame)
         return Draws(torch.stack([draws.normal(shape, seed, purpose, number) for number in batch.numbers]))
 
     def losses(self, batch: Batch, drawn: Draws) -> Tensor:
         """See `Task.losses`."""
         vae = self.modules["vae"]
+        assert batch.pixels is not None
         pixels = to_float(batch.pixels)  # (B, 3, H, W)
         posterior = vae.encode(pixels).latent_dist
         z = posterior.mean + posterior.std * drawn.posterior  # (B, C, h, w)
@@ -197,7 +199,8 @@ class AutoencodingTask:
         Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", appendix G.
         """
         vae = self.modules["vae"]
-        latents = torch.cat([vae.encode(to_float(batch.pixels)).latent_dist.mean.float().cpu() for batch in batches])
+        pixels = [to_float(batch.pixels) for batch in batches if batch.pixels is not None]
+        latents = torch.cat([vae.encode(some).latent_dist.mean.float().cpu() for some in pixels])
         factor = 1.0 / latents.std().item()
         vae.register_to_config(scaling_factor=factor)
         return factor
@@ -205,5 +208,4 @@ class AutoencodingTask:
 
 def sizes(batch: Batch) -> list[tuple[int, ...]]:
     """Original size, crop and target size of each picture, as `Conditioning.time_ids` has them."""
-    target = tuple(batch.pixels.shape[-2:])
-    return [size + target for size in batch.sizes]
+    return [size + batch.frame for size in batch.sizes]

@@ -81,6 +81,7 @@ def batch(targets: list[float], weights: list[float] | None = None, instances: i
         numbers=list(range(count)),
         keys=[""] * count,
         sizes=[(8, 8, 0, 0)] * count,
+        frame=(8, 8),
     )
 
 

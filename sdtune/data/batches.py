@@ -25,44 +25,72 @@ class Batch:
     """Pictures of one forward pass: all instance pictures first, then the class pictures.
 
     Attributes:
-        pixels: shape (B, 3, H, W), uint8.
+        pixels: shape (B, 3, H, W), uint8; None where the latents of all are known to a cache.
         captions: B texts.
         weights: of the losses, shape (B,), float32.
         instances: how many of the B are instance pictures; the loss of a step is divided by their number.
         numbers: the sample number of each; an instance picture and the class picture beside it share one.
         keys: as `Example.key`.
         sizes: as `Example.size`.
+        frame: height and width of all of them; always there.
+        masks: shape (B, 1, H, W), uint8, all 255 for those without one; None where none has one.
     """
 
-    pixels: Tensor
+    pixels: Tensor | None
     captions: list[str]
     weights: Tensor
     instances: int
     numbers: list[int]
     keys: list[str]
     sizes: list[tuple[int, int, int, int]]
+    frame: tuple[int, int]
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its pixels and weights on `device`."""
-        return replace(self, pixels=self.pixels.to(device), weights=self.weights.to(device))
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            pixels=None if self.pixels is None else self.pixels.to(device),
+            weights=self.weights.to(device),
+            masks=None if self.masks is None else self.masks.to(device),
+        )
 
 
 def collate(samples: Sequence[Sequence[Example]]) -> Batch:
-    """Joins samples, (instance) or (instance, class) each, to one batch."""
+    """Joins samples, (instance) or (instance, class) each, to one batch.
+
+    Their frames are equal. Pixels are left out where the latents of all are known.
+    """
     examples = [example for sample in samples for example in sample]
     examples.sort(key=lambda example: not example.instance)  # stable: instances first, each part in order of number
     return Batch(
-        pixels=torch.stack([example.pixels for example in examples]),  # (B, 3, H, W)
+        pixels=_stacked([example.pixels for example in examples]),  # (B, 3, H, W)
         captions=[example.caption for example in examples],
         weights=torch.tensor([example.weight for example in examples], dtype=torch.float32),  # (B,)
         instances=sum(example.instance for example in examples),
         numbers=[example.number for example in examples],
         keys=[example.key for example in examples],
         sizes=[example.size for example in examples],
+        frame=examples[0].frame,
+        masks=_masks(examples),
     )
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """All of them as one tensor; None where one is missing."""
+    there = [part for part in parts if part is not None]
+    return torch.stack(there) if len(there) == len(parts) else None
+
+
+def _masks(examples: Sequence[Example]) -> Tensor | None:
+    """(B, 1, H, W), uint8; an example without a mask is subject all over."""
+    if all(example.mask is None for example in examples):
+        return None
+    subject = torch.full((1, *examples[0].frame), 255, dtype=torch.uint8)
+    return torch.stack([subject if example.mask is None else example.mask for example in examples])
 
 
 def sample_numbers(step: int, micro: int, rank: int, *, batch_size: int, accumulate: int, world: int) -> range:

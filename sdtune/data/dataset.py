@@ -102,6 +102,7 @@ class TrainingSet:
             number=number,
             key=pixel_key(picture, height, width, top, left, flip),
             size=(*original, top, seen_left),
+            frame=(height, width),
         )
 
     def _resize(self, picture: Picture) -> tuple[Tensor, tuple[int, int]]:
@@ -172,6 +173,7 @@ def validation_examples(
                 number=number,
                 key=pixel_key(picture, height, width, top, left, flip=False),
                 size=(*original, top, left),
+                frame=(height, width),
             )
         )
     return examples

@@ -13,22 +13,26 @@ class Example:
     """One picture as the model sees it.
 
     Attributes:
-        pixels: shape (3, H, W), uint8.
+        pixels: shape (3, H, W), uint8; None where the latents are known to a cache.
         caption: "" where it was dropped.
         weight: weight of its loss.
         instance: whether it is an instance picture, not a class picture.
         number: the number of its sample in the run.
         key: equal for equal pixels (same picture, crop and flip), else different; caches stand on it.
         size: height and width of the picture before it was resized, then top and left of its crop after.
+        frame: height and width of `pixels`, whether they are there or not.
+        mask: cut exactly as the pixels, shape (1, H, W), uint8, 255 for the subject; None where there is none.
     """
 
-    pixels: Tensor
+    pixels: Tensor | None
     caption: str
     weight: float
     instance: bool
     number: int
     key: str
     size: tuple[int, int, int, int]
+    frame: tuple[int, int]
+    mask: Tensor | None = None
 
 
 def read_resized(picture: Picture, height: int, width: int, background: str) -> tuple[Tensor, tuple[int, int]]:

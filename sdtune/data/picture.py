@@ -14,6 +14,7 @@ class Picture:
         weight: weight of its loss.
         read: answers the path of its file, or its encoded bytes.
         origin: folder or data set that it is from; with `name` it tells it from every other picture.
+        mask: as `read`, for the picture that shows where its subject is (white); None where there is none.
     """
 
     name: str
@@ -21,3 +22,4 @@ class Picture:
     weight: float
     read: Callable[[], bytes | str]
     origin: str = ""
+    mask: Callable[[], bytes | str] | None = None

@@ -2,6 +2,7 @@
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,22 @@ def test_pairs_of_prior_preservation(photos, classes):
     assert batch.captions[3:] == ["a dog"] * 3
     assert batch.pixels.shape == (6, 3, 6, 6) and batch.pixels.dtype == torch.uint8
     assert torch.equal(batch.pixels[4], pairs[1][1].pixels) and batch.keys[4] == pairs[1][1].key
+
+
+def test_batches_with_masks_and_without_pixels(photos):
+    samples = training_set(load_source(path=photos))
+    plain = collate([samples[0], samples[1]])
+    assert plain.masks is None and plain.frame == (6, 6)
+
+    mask = torch.arange(36, dtype=torch.uint8).view(1, 6, 6)
+    mixed = collate([[replace(samples[0][0], mask=mask)], samples[1]])
+    assert mixed.masks.shape == (2, 1, 6, 6) and mixed.masks.dtype == torch.uint8
+    assert torch.equal(mixed.masks[0], mask) and (mixed.masks[1] == 255).all()
+    assert mixed.to("meta").masks.device.type == "meta"
+
+    known = collate([[replace(samples[number][0], pixels=None)] for number in range(2)])
+    assert known.pixels is None and known.to("meta").pixels is None
+    assert known.frame == (6, 6) and known.sizes == plain.sizes
 
 
 def test_several_captions_are_drawn_alike_often(photos):
