@@ -19,10 +19,11 @@ from sdtune.data.sources import Source, fingerprint
 from sdtune.errors import DataError, RunError, SdtuneError
 from sdtune.libraries import prepare as prepare_libraries
 from sdtune.logbook import Logbook
+from sdtune.optimizers import make_optimizer
 from sdtune.resuming import check_folder
 from sdtune.run_folder import RunFolder
 from sdtune.tasks import AutoencodingTask, TrainStep
-from sdtune.train import Ema, StepInfo, lr_factor, make_accelerator, make_optimizer, prepare, train
+from sdtune.train import Ema, StepInfo, lr_factor, make_accelerator, prepare, train
 
 
 class Run:

@@ -83,18 +83,6 @@ def lr_factor(schedule: str, step: int, warmup: int, steps: int) -> float:
     raise ValueError(f"optimizer.schedule knows constant, linear and cosine, got {schedule}")
 
 
-def make_optimizer(
-    groups: Sequence[tuple[Sequence[nn.Parameter], float]],
-    *,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> torch.optim.Optimizer:
-    """AdamW over groups of (parameters, learning rate). Source: Loshchilov & Hutter 2019."""
-    settings = [{"params": list(parameters), "lr": lr, "base_lr": lr} for parameters, lr in groups]
-    return torch.optim.AdamW(settings, betas=betas, eps=eps, weight_decay=weight_decay)
-
-
 class Ema:
     """An exponential moving average of parameters, kept in float32.
 
@@ -148,7 +136,7 @@ def train(
 
     Args:
         module: a prepared `TrainStep`.
-        optimizer: prepared, made by `make_optimizer`.
+        optimizer: prepared; each group has a `base_lr` (`make_optimizer`).
         batches: this process's batches, `accumulate` a step, from step `start` on.
         draw: random numbers for a batch.
         factor: learning rate multiplier at a step (from 0).

@@ -8,8 +8,9 @@ from torch import nn
 
 from sdtune.data.batches import Batch
 from sdtune.errors import TrainingError
+from sdtune.optimizers import make_optimizer
 from sdtune.tasks import Draws
-from sdtune.train import Ema, StepInfo, lr_factor, make_accelerator, make_optimizer, train
+from sdtune.train import Ema, StepInfo, lr_factor, make_accelerator, train
 
 STEPS = 20
 
