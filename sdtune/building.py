@@ -57,7 +57,7 @@ def open_family(
         family = kind.from_config(made, seed=seed, **options)
     else:
         options |= {"vae": resolve_asset(model.vae) if model.vae else None}
-        options |= {"variant": model.variant, "revision": model.revision}
+        options |= {"variant": model.variant, "revision": model.revision, "allow_pickle": model.allow_pickle}
         family = kind.load(resolve_asset(str(model.base)), parts=parts, **options)
     if prediction != "auto":
         family.scheduler["prediction_type"] = prediction

@@ -91,8 +91,10 @@ def shake(*networks: torch.nn.Module) -> None:
                 parameter.add_(0.05 * torch.randn_like(parameter))
 
 
-def make_sd(folder: Path, *, seed: int = 0, prediction: str = "epsilon", **unet: Any) -> Path:
-    """A Stable Diffusion pipeline folder; `unet` changes the UNet's configuration."""
+def make_sd(
+    folder: Path, *, seed: int = 0, prediction: str = "epsilon", text: dict[str, Any] | None = None, **unet: Any
+) -> Path:
+    """A Stable Diffusion pipeline folder; `unet` changes the UNet's configuration, `text` the text encoder's."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -100,7 +102,8 @@ def make_sd(folder: Path, *, seed: int = 0, prediction: str = "epsilon", **unet:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = make_tokenizer()
-        networks = UNet2DConditionModel(**UNET | unet), AutoencoderKL(**VAE), CLIPTextModel(text_config(tokenizer))
+        reader = CLIPTextModel(text_config(tokenizer, **text or {}))
+        networks = UNet2DConditionModel(**UNET | unet), AutoencoderKL(**VAE), reader
         shake(*networks)
     denoiser, vae, text_encoder = networks
     StableDiffusionPipeline(

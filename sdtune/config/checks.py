@@ -23,7 +23,8 @@ DENOISING_ONLY = (
     "validate.samples",
 )
 LORA_ONLY = ("adapter.rank", "adapter.alpha", "adapter.targets")
-LOADING_ONLY = ("model.variant", "model.revision", "model.vae")
+LOADING_ONLY = ("model.variant", "model.revision", "model.vae", "model.allow_pickle")
+FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def impossible(recipe: Recipe) -> list[Fault]:
@@ -83,8 +84,10 @@ def _start(recipe: Recipe) -> Iterator[Fault]:
         expected = "a hub id, a diffusers folder, a .safetensors file or tiny (from scratch: model.from_config)"
         yield "model.base", f"missing; expected {expected}"
     for key in ("variant", "revision"):
-        if str(model.base).endswith(".safetensors") and getattr(model, key) is not None:
+        if str(model.base).endswith(FILES) and getattr(model, key) is not None:
             yield f"model.{key}", "is read with a folder or hub id only, and model.base is a single file; remove it"
+    if model.allow_pickle and not any(str(name).endswith(FILES[1:]) for name in (model.base, model.vae)):
+        yield "model.allow_pickle", "is read with a pickle (.ckpt, .pt) as base or vae only; remove it"
     if model.base is not None and model.from_config is not None:
         yield "model.base", "got both model.base and model.from_config, expected one of them"
 

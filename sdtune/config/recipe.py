@@ -21,17 +21,20 @@ class ModelSettings(Section):
     family: str = Field("stable-diffusion", description="Kind of model: a name of sdtune.families.FAMILIES.")
     base: str | None = Field(
         None,
-        description="Where to start: a hub id, a diffusers folder, a single .safetensors file (SD 1.x), or `tiny`, the "
-        "small model that comes along.",
+        description="Where to start: a hub id, a diffusers folder, a single .safetensors file (SD 1.x, 2.x, XL), or "
+        "`tiny`, the small model that comes along.",
     )
     from_config: dict[str, Part] | None = Field(
         None,
         description="Start from scratch: for each of unet, vae, text_encoder, tokenizer and scheduler its "
         "configuration values, or the folder or hub id to load that part from.",
     )
-    vae: str | None = Field(None, description="Folder or hub id of another VAE than the base's.")
+    vae: str | None = Field(None, description="Folder, hub id or single file of another VAE than the base's.")
     variant: str | None = Field(None, description="Variant of the weight files, such as fp16.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    allow_pickle: bool = Field(
+        False, description="Whether base and vae may be pickles (.ckpt, .pt); only tensors are read from them."
+    )
     clip_skip: int = Field(0, ge=0, description="Layers left out at the end of the text encoder.")
 
 

@@ -14,7 +14,7 @@ from sdtune.families.single_file import find_layout
 from sdtune.hub_access import hub_fault, looks_like_hub_id
 
 
-def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
+def read_index(base: str, revision: str | None = None, allow_pickle: bool = False) -> dict[str, Any]:
     """`model_index.json` of a diffusers folder, hub id or single file: the pipeline's parts and their classes.
 
     Raises:
@@ -23,7 +23,7 @@ def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
     """
     place = Path(base)
     if place.is_file():
-        place = find_layout(place)
+        place = find_layout(place, allow_pickle)
     if place.is_dir():
         index = place / "model_index.json"
         if not index.is_file():

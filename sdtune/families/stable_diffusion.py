@@ -77,14 +77,15 @@ class StableDiffusion:
         vae: str | None = None,
         variant: str | None = None,
         revision: str | None = None,
+        allow_pickle: bool = False,
         clip_skip: int = 0,
         max_tokens: int = 75,
     ) -> "StableDiffusion":
         """Open a diffusers folder, hub id or single file; see `Family.load`.
 
-        `vae` names another VAE (its own folder or hub id).
+        `vae` names another VAE: its own folder, hub id or single file. `allow_pickle` lets single files be .ckpt.
         """
-        index = read_index(base, revision)
+        index = read_index(base, revision, allow_pickle)
         if index.get("_class_name") not in cls.pipeline_names:
             raise WeightsError(
                 f"'{base}' is a {index.get('_class_name')}; this family opens {' or '.join(cls.pipeline_names)}. "
@@ -92,11 +93,14 @@ class StableDiffusion:
             )
         opened = {}
         for part in parts or cls.parts:
-            if part == "vae" and vae:
+            if part == "vae" and vae and Path(vae).is_file():
+                config = cls.read_config("vae", base, revision, allow_pickle)
+                opened[part] = single_file.open_vae(cls.network_class(part), Path(vae), config, allow_pickle)
+            elif part == "vae" and vae:
                 subfolder = "vae" if (Path(vae) / "vae").is_dir() else None
                 opened[part] = cls.open(part, vae, subfolder)
             elif Path(base).is_file():
-                opened[part] = cls.open_from_file(part, Path(base))
+                opened[part] = cls.open_from_file(part, Path(base), allow_pickle)
             else:
                 opened[part] = cls.open(part, base, part, variant=variant, revision=revision)
         return cls.assemble(opened, index, clip_skip, max_tokens)
@@ -147,11 +151,22 @@ class StableDiffusion:
         return open_network(cls.network_class(part), base, subfolder, **options)
 
     @classmethod
-    def open_from_file(cls, part: str, file: Path) -> Any:
+    def open_from_file(cls, part: str, file: Path, allow_pickle: bool = False) -> Any:
         """One part of a checkpoint in one file; see `open`."""
-        if part in ("tokenizer", "scheduler"):
-            return cls.open(part, str(single_file.find_layout(file)), part)
-        return single_file.open_network(cls.network_class(part), file, part)
+        layout = single_file.find_layout(file, allow_pickle)
+        if part.startswith("tokenizer"):
+            return single_file.open_tokenizer(layout, part)
+        if part == "scheduler":
+            return cls.open(part, str(layout), part) | single_file.read_prediction(file)
+        return single_file.open_network(cls.network_class(part), file, part, allow_pickle)
+
+    @classmethod
+    def read_config(cls, part: str, base: str, revision: str | None = None, allow_pickle: bool = False) -> Any:
+        """config.json of one part of a base: of a folder, hub id or single file."""
+        if Path(base).is_file():
+            return read_json(single_file.find_layout(Path(base), allow_pickle) / part / "config.json")
+        name = f"{part}/config.json"
+        return read_json(Path(base) / name if Path(base).is_dir() else hub_file(base, name, revision))
 
     @classmethod
     def make(cls, part: str, config: dict[str, Any], seed: int, opened: Mapping[str, Any]) -> nn.Module:

@@ -1,109 +1,41 @@
 """Checkpoints in one file: the same networks as in a folder."""
 
-import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders import single_file_utils as utils
+from safetensors.torch import load_file, save_file
 
 from sdtune.errors import WeightsError
 from sdtune.families import single_file
+from sdtune.families.original import original_checkpoint
+from sdtune.families.saving import historical_key
+from sdtune.families.sdxl import StableDiffusionXL
 from sdtune.families.stable_diffusion import StableDiffusion
-from sdtune.opening import open_model
+from sdtune.opening import open_model, open_whole
 from sdtune.run import Run
-from tests.factories import losses, make_recipe, make_sd, weights
+from tests.factories import losses, make_recipe, make_sd, shake
 
 CPU = torch.device("cpu")
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-}
-VAE_MIDDLE = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def unet_places(config: dict[str, Any]) -> dict[str, str]:
-    """Beginnings of diffusers' parameter names, and those of the original code, which counts blocks without levels."""
-    places, levels, layers = dict(ENDS), len(config["block_out_channels"]), config["layers_per_block"]
-    number = 1
-    for level, kind in enumerate(config["down_block_types"]):
-        for layer in range(layers):
-            places[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{number}.0"
-            if "CrossAttn" in kind:
-                places[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{number}.1"
-            number += 1
-        places[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
-        number += 1
-    for level, kind in enumerate(config["up_block_types"]):
-        for layer in range(layers + 1):
-            number = level * (layers + 1) + layer
-            places[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{number}.0"
-            if "CrossAttn" in kind:
-                places[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{number}.1"
-        after = 1 + ("CrossAttn" in kind)
-        places[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{number}.{after}.conv"
-    assert levels == len(config["down_block_types"])
-    return places
-
-
-def unet_key(key: str, places: dict[str, str]) -> str:
-    """The original name of a UNet's tensor."""
-    start = next(start for start in places if key.startswith(f"{start}."))
-    rest = key.removeprefix(start)
-    if ".resnets." in start:
-        rest = re.sub("|".join(RESNET), lambda found: RESNET[found.group()], rest)
-    return f"model.diffusion_model.{places[start]}{rest}"
-
-
-def vae_key(key: str, levels: int) -> str:
-    """The original name of a VAE's tensor; its decoder counts levels from the other end."""
-    key = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", key)
-    key = re.sub(r"up_blocks\.(\d)\.resnets", lambda found: f"up.{levels - 1 - int(found[1])}.block", key)
-    key = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", key)
-    key = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{levels - 1 - int(found[1])}.upsample", key)
-    key = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", key)
-    if "mid_block.attentions" in key:
-        for name, original in VAE_MIDDLE.items():
-            key = key.replace(name, original)
-    key = key.replace("mid_block.attentions.0", "mid.attn_1").replace("conv_shortcut", "nin_shortcut")
-    return "first_stage_model." + key.replace("conv_norm_out", "norm_out")
-
-
-def write_original(folder: Path, file: Path) -> Path:
-    """A diffusers folder as one file in the original layout."""
-    unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
-    places, tensors = unet_places(unet), {}
-    for name, tensor in weights(folder).items():
-        part, key = re.split("[/\\\\]", name)[0], name.partition(":")[2]
-        if part == "unet":
-            tensors[unet_key(key, places)] = tensor
-        elif part == "vae":
-            linear = "mid_block.attentions" in key and tensor.ndim == 2  # 1 x 1 convolutions once
-            tensors[vae_key(key, len(vae["block_out_channels"]))] = tensor[:, :, None, None] if linear else tensor
-        else:
-            whole = key if key.startswith("text_model.") else f"text_model.{key}"
-            tensors[f"cond_stage_model.transformer.{whole}"] = tensor
-    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]  # in old files
+def write_original(folder: Path, file: Path, **header: str) -> Path:
+    """A diffusers folder as one file in the original layout, with what old files also hold."""
+    tensors = original_checkpoint(networks(folder))
+    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     tensors["alphas_cumprod"] = torch.ones(1000)
-    save_file(tensors, file)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata=header)
     return file
+
+
+def networks(folder: Path) -> Any:
+    """The networks of a diffusers folder."""
+    family = open_whole(str(folder), {})
+    return family.modules
 
 
 def only_configurations(folder: Path, target: Path) -> Path:
@@ -115,7 +47,7 @@ def only_configurations(folder: Path, target: Path) -> Path:
 def small(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The small model in one file, with its small configurations in the place of Stable Diffusion 1.5's."""
     layout = only_configurations(sd, tmp_path / "layout")
-    monkeypatch.setattr(single_file, "LAYOUTS", {"v1": layout, "inpainting": layout})
+    monkeypatch.setattr(single_file, "LAYOUTS", {"SD1": layout})
     return write_original(sd, tmp_path / "small.safetensors")
 
 
@@ -155,8 +87,6 @@ def test_a_lora_trains_on_one_file(small: Path, photos: Path, tmp_path: Path) ->
 
 
 def test_what_is_no_whole_checkpoint_is_refused(small: Path, photos: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     tensors = load_file(small)
     for part, start in (("vae", "first_stage_model."), ("text_encoder", "cond_stage_model.")):
         file = tmp_path / f"no-{part}.safetensors"
@@ -174,30 +104,152 @@ def test_what_is_no_whole_checkpoint_is_refused(small: Path, photos: Path, tmp_p
         StableDiffusion.load(str(file))
     save_file({"lora_unet.weight": torch.zeros(2)}, file)
     for other in (file, photos / "0.png"):
-        with pytest.raises(WeightsError, match="is a file; expected a diffusers folder"):
+        with pytest.raises(WeightsError, match="is a file.*; expected a diffusers folder"):
             StableDiffusion.load(str(other))
 
 
 def test_other_kinds_of_checkpoint_are_told_apart(small: Path, tmp_path: Path) -> None:
-    file = tmp_path / "xl.safetensors"
-    keys = (single_file.FIRST, "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias")
-    save_file({key: torch.zeros(4, 4, 3, 3) for key in keys}, file)
-    with pytest.raises(WeightsError, match="of kind xl_base.*from_single_file"):
+    file = tmp_path / "other.safetensors"
+    first = {single_file.FIRST: torch.zeros(4, 4, 3, 3)}
+    assert single_file.kind_of(first) == "SD1"
+    assert single_file.kind_of(first | {"cond_stage_model.model.ln_final.bias": torch.zeros(1)}) == "SD2"
+    assert single_file.kind_of(first | {"conditioner.embedders.1.model.ln_final.bias": torch.zeros(1)}) == "SDXL"
+    refiner = first | {"conditioner.embedders.0.model.ln_final.bias": torch.zeros(1)}
+    upscaler = {single_file.FIRST: torch.zeros(4, 7, 3, 3)}
+    for tensors in (refiner, upscaler):
+        save_file(tensors, file)
+        with pytest.raises(WeightsError, match="no whole checkpoint of a kind that is known.*1.x, 2.x or XL"):
+            StableDiffusion.load(str(file))
+
+
+@pytest.fixture
+def small_xl(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The small SDXL in one file."""
+    layout = only_configurations(sdxl, tmp_path / "layout-xl")
+    monkeypatch.setattr(single_file, "LAYOUTS", {"SDXL": layout})
+    return write_original(sdxl, tmp_path / "small-xl.safetensors")
+
+
+def test_sdxl_in_one_file(small_xl: Path, sdxl: Path) -> None:
+    family, folder = StableDiffusionXL.load(str(small_xl)), StableDiffusionXL.load(str(sdxl))
+    assert_equal(family, folder)
+    assert isinstance(open_model(str(small_xl), device=CPU), StableDiffusionXL)
+    stock = StableDiffusionXLPipeline.from_single_file(str(small_xl), config=str(small_xl.parent / "layout-xl"))
+    assert_equal_states(stock, folder)
+
+
+def test_stable_diffusion_2_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = {"hidden_act": "gelu", "num_hidden_layers": 2}
+    folder = make_sd(tmp_path / "two", prediction="v_prediction", text=text, use_linear_projection=True)
+    layout = only_configurations(folder, tmp_path / "layout")
+    monkeypatch.setattr(single_file, "LAYOUTS", {"SD2": layout})
+    file = write_original(folder, tmp_path / "two.safetensors")
+    family = StableDiffusion.load(str(file))
+    assert_equal(family, StableDiffusion.load(str(folder)))
+    assert family.scheduler["prediction_type"] == "v_prediction"
+    assert_equal_states(StableDiffusionPipeline.from_single_file(str(file), config=str(layout)), family)
+
+
+def test_what_the_header_says_of_the_prediction_is_believed(small: Path, sd: Path, tmp_path: Path) -> None:
+    file = write_original(sd, tmp_path / "v.safetensors", **{"modelspec.prediction_type": "v"})
+    assert StableDiffusion.load(str(file)).scheduler["prediction_type"] == "v_prediction"
+
+
+def test_stock_diffusers_opens_what_is_written(small: Path, sd: Path, tmp_path: Path) -> None:
+    stock = StableDiffusionPipeline.from_single_file(str(small), config=str(tmp_path / "layout"))
+    assert_equal_states(stock, StableDiffusion.load(str(sd)))
+
+
+def assert_equal_states(stock: Any, family: Any) -> None:
+    """The networks of a stock pipeline hold the same tensors."""
+    for name, network in family.modules.items():
+        states = getattr(stock, name).state_dict(), network.state_dict()
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items()), name
+
+
+def test_a_pickle_is_opened_only_when_that_is_said(small: Path, sd: Path, tmp_path: Path) -> None:
+    file = tmp_path / "small.ckpt"
+    torch.save({"state_dict": load_file(small), "epoch": 3}, file)
+    with pytest.raises(WeightsError, match="harmful code.*model.allow_pickle=true"):
         StableDiffusion.load(str(file))
+    assert_equal(StableDiffusion.load(str(file), allow_pickle=True), StableDiffusion.load(str(sd)))
+    torch.save({"state_dict": load_file(small), "callback": pytest.raises}, file)  # more than tensors
+    with pytest.raises(WeightsError, match="cannot be opened as weights alone"):
+        StableDiffusion.load(str(file), allow_pickle=True)
 
 
-def test_the_shipped_configurations_are_those_of_stable_diffusion_1_5() -> None:
-    folder = single_file.LAYOUTS["v1"]
-    tokenizer = StableDiffusion.open("tokenizer", str(folder), "tokenizer")
-    assert tokenizer(["a photo of a cat"])["input_ids"] == [[49406, 320, 1125, 539, 320, 2368, 49407]]
-    assert tokenizer.pad_token_id == 49407 and tokenizer.model_max_length == 77
-    for part, size in (("unet", 859_520_964), ("vae", 83_653_863), ("text_encoder", 123_060_480)):
-        kind = StableDiffusion.network_class(part)
+@pytest.mark.parametrize("names", ["original", "whole checkpoint", "diffusers"])
+def test_a_vae_in_one_file_takes_the_place_of_the_bases(small: Path, sd: Path, tmp_path: Path, names: str) -> None:
+    vae = AutoencoderKL.from_pretrained(sd, subfolder="vae")
+    shake(vae)
+    state = vae.state_dict() if names == "diffusers" else original_checkpoint({"vae": vae})
+    start = "first_stage_model." if names == "whole checkpoint" else ""
+    file = tmp_path / "vae.safetensors"
+    save_file({start + key: tensor.contiguous() for key, tensor in state.items()}, file)
+    for base in (sd, small):
+        family = StableDiffusion.load(str(base), vae=str(file))
+        opened = family.modules["vae"].state_dict()
+        assert all(torch.equal(tensor, opened[key]) for key, tensor in vae.state_dict().items())
+    if names == "original":
+        stock = AutoencoderKL.from_single_file(str(file), config=str(sd), subfolder="vae").state_dict()
+        assert all(torch.equal(tensor, stock[key]) for key, tensor in vae.state_dict().items())
+
+
+def test_a_file_that_is_no_vae_is_refused(sd: Path, tmp_path: Path) -> None:
+    save_file({"lora": torch.zeros(1)}, tmp_path / "no.safetensors")
+    with pytest.raises(WeightsError, match="model.vae: .* holds no VAE"):
+        StableDiffusion.load(str(sd), vae=str(tmp_path / "no.safetensors"))
+    save_file({"decoder.conv_in.weight": torch.zeros(1)}, tmp_path / "half.safetensors")
+    with pytest.raises(WeightsError, match="does not fit the base's VAE"):
+        StableDiffusion.load(str(sd), vae=str(tmp_path / "half.safetensors"))
+
+
+SIZES = {
+    "SD1": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+    "SD2": {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
+    "SDXL": {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
+}
+KNOWN_AS = {"SD1": "v1", "SD2": "v2", "SDXL": "xl_base"}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_the_shipped_configurations_and_names_are_those_of_the_published_models(kind: str) -> None:
+    """Their sizes are, and diffusers turns the names that are written back into all of the networks' own."""
+    layout = single_file.LAYOUTS[kind]
+    family = StableDiffusionXL if kind == "SDXL" else StableDiffusion
+    networks = {}
+    for part, size in SIZES[kind].items():
+        network = family.network_class(part)
         with torch.device("meta"):
-            if part == "text_encoder":
-                network = kind(kind.config_class.from_pretrained(folder / part))
+            if part.startswith("text_encoder"):
+                networks[part] = network(network.config_class.from_pretrained(layout / part))
             else:
-                network = kind.from_config(kind.load_config(folder / part))
-        assert sum(parameter.numel() for parameter in network.parameters()) == size
-    scheduler = StableDiffusion.open("scheduler", str(folder), "scheduler")
-    assert scheduler["prediction_type"] == "epsilon" and scheduler["beta_end"] == 0.012
+                networks[part] = network.from_config(network.load_config(layout / part))
+        assert sum(parameter.numel() for parameter in networks[part].parameters()) == size, part
+    tensors = original_checkpoint(networks)
+    assert utils.infer_diffusers_model_type(tensors) == KNOWN_AS[kind] and single_file.kind_of(tensors) == kind
+    back: dict[str, Any] = {
+        "unet": utils.convert_ldm_unet_checkpoint(tensors, networks["unet"].config),
+        "vae": utils.convert_ldm_vae_checkpoint(tensors, networks["vae"].config),
+    }
+    if kind == "SD2":
+        back["text_encoder"] = utils.convert_open_clip_checkpoint(networks["text_encoder"], tensors)
+    else:
+        back["text_encoder"] = utils.convert_ldm_clip_checkpoint(tensors)
+    if kind == "SDXL":
+        start = "conditioner.embedders.1.model."
+        back["text_encoder_2"] = utils.convert_open_clip_checkpoint(networks["text_encoder_2"], tensors, prefix=start)
+    for part, network in networks.items():
+        state = {key: tensor.shape for key, tensor in network.state_dict().items()}
+        wanted = {historical_key(key): shape for key, shape in state.items()} if "text" in part else state
+        assert {key: tensor.shape for key, tensor in back[part].items()} == wanted
+    scheduler = family.open("scheduler", str(layout), "scheduler")
+    assert scheduler["prediction_type"] == ("v_prediction" if kind == "SD2" else "epsilon")
+
+
+def test_the_shipped_tokenizers() -> None:
+    for kind, part, padding in (("SD1", "tokenizer", 49407), ("SD2", "tokenizer", 0), ("SDXL", "tokenizer_2", 0)):
+        tokenizer = single_file.open_tokenizer(single_file.LAYOUTS[kind], part)
+        assert tokenizer(["a photo of a cat"])["input_ids"] == [[49406, 320, 1125, 539, 320, 2368, 49407]]
+        assert tokenizer.pad_token_id == padding and tokenizer.model_max_length == 77
