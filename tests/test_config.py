@@ -97,6 +97,7 @@ def test_the_message_reads_as_in_the_style_page(bare: Path) -> None:
         ("model.from_config={unet: 3}", "model.from_config.unet", "got 3, expected a section of settings or text"),
         ("model.from_config={}", "model.base", "got both model.base and model.from_config"),
         ("model.base=null", "model.base", "missing; expected a hub id, a diffusers folder, a .safetensors file"),
+        ("model.allow_pickle=true", "model.allow_pickle", "is read with a pickle (.ckpt, .pt) as base or vae only"),
         ("data=[]", "data", "got [], expected a list of sections (at least 1)"),
         ("data.0.role=validation", "data", "no source has role: instance"),
         ("data.0.hub=user/set", "data.0.path", "got both path and hub"),
