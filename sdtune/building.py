@@ -172,13 +172,20 @@ def make_training_set(recipe: Recipe, sources: Sequence[Source]) -> TrainingSet:
         caption_dropout=recipe.images.caption_dropout,
         seed=recipe.train.seed,
         background=recipe.images.background,
+        masks=reads_masks(recipe),
     )
 
 
 def make_held_out(recipe: Recipe, sources: Sequence[Source], count: int, batch_size: int) -> list[Batch]:
     """Batches of at most `count` pictures, as they are measured: without chance."""
-    examples = validation_examples(sources, *picture_size(recipe), count, recipe.images.background)
+    masks = reads_masks(recipe)
+    examples = validation_examples(sources, *picture_size(recipe), count, recipe.images.background, masks)
     return [collate([[e] for e in examples[i : i + batch_size]]) for i in range(0, len(examples), batch_size)]
+
+
+def reads_masks(recipe: Recipe) -> bool:
+    """Whether the masks of pictures are used."""
+    return recipe.objective.outside_mask is not None
 
 
 def picture_size(recipe: Recipe) -> tuple[int, int]:

@@ -41,6 +41,16 @@ def barrier() -> None:
         group.barrier()
 
 
+def from_main(value: Any) -> Any:
+    """What the main process passes, in all of them: any object that can be pickled."""
+    group = _group()
+    if not group:
+        return value
+    values = [value]
+    group.broadcast_object_list(values)
+    return values[0]
+
+
 def _group() -> Any:
     """`torch.distributed` where there are several processes, joined on first use; else None."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _joined():

@@ -13,9 +13,9 @@ from torch import nn
 from sdtune import building, checkpoint, distributed
 from sdtune.config import DataSource, Recipe, dump, load
 from sdtune.data.batches import batches
-from sdtune.data.broken import refuse_broken
 from sdtune.data.dataset import held_out
 from sdtune.data.sources import Source, fingerprint
+from sdtune.data.survey import survey
 from sdtune.errors import DataError, RunError, SdtuneError
 from sdtune.libraries import prepare as prepare_libraries
 from sdtune.logbook import Logbook
@@ -45,7 +45,7 @@ class Run:
         self.logbook = Logbook(self.folder, self.accelerator, recipe.output.log_every)
         self.height, self.width = building.picture_size(recipe)
         sources = [building.make_source(recipe, settings) for settings in recipe.data if not settings.generate]
-        refuse_broken(sources)
+        sources = survey(sources, building.reads_masks(recipe))
         self.family = building.make_family(recipe)
         building.check_size(self.family, self.height, self.width)
         self.make_learning()
@@ -90,8 +90,7 @@ class Run:
             with self.accelerator.autocast():
                 draw_class_pictures(self.recipe, settings, self.family)
         distributed.barrier()
-        source = building.make_source(self.recipe, settings)
-        refuse_broken([source])
+        (source,) = survey([building.make_source(self.recipe, settings)], building.reads_masks(self.recipe))
         return source
 
     def make_data(self, sources: list[Source]) -> None:

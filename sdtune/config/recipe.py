@@ -66,6 +66,9 @@ class Objective(Section):
         "auto", description="What the network predicts; auto: what its scheduler says."
     )
     snr_gamma: float | None = Field(None, gt=0, description="Clamp of min-SNR weighting, 5.0 in the paper; null: none.")
+    outside_mask: float | None = Field(
+        None, ge=0, le=1, description="Weight of the loss outside of the pictures' masks; null: masks are not used."
+    )
 
 
 class Reconstruction(Section):

@@ -8,12 +8,13 @@ a stop by asking for the next numbers.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from sdtune.data import images
-from sdtune.data.examples import Example, pixel_key, read_resized
+from sdtune.data.examples import Example, pixel_key, read_mask, read_resized
 from sdtune.data.images import Crop
 from sdtune.data.picture import Picture
 from sdtune.data.sources import Source
@@ -36,6 +37,7 @@ class TrainingSet:
         caption_dropout: share of captions replaced by "", in [0, 1].
         seed: of the run.
         background: what shows through transparent pictures.
+        masks: read them, where pictures have one.
 
     Raises:
         DataError: there are no instance pictures, or class sources hold none.
@@ -52,12 +54,13 @@ class TrainingSet:
         caption_dropout: float = 0.0,
         seed: int = 0,
         background: str = "white",
+        masks: bool = False,
     ) -> None:
         self.height, self.width, self.crop, self.flip = height, width, crop, flip
-        self.caption_dropout, self.seed, self.background = caption_dropout, seed, background
+        self.caption_dropout, self.seed, self.background, self.masks = caption_dropout, seed, background, masks
         self._instances = _rows(sources, "instance")
         self._classes = _rows(sources, "class")
-        self._resized: dict[tuple[str, str], tuple[Tensor, tuple[int, int]]] = {}
+        self._kept: dict[tuple[str, str, str], Any] = {}
         self._bytes_kept = 0
         if not self._instances:
             raise DataError("there are no instance pictures to learn; add a source with pictures to data.")
@@ -93,6 +96,7 @@ class TrainingSet:
         caption = picture.captions[draws.integer(len(picture.captions), seed, f"{role} caption", number)]
         if draws.uniform(seed, f"{role} dropout", number) < self.caption_dropout:
             caption = ""
+        mask = self._mask(picture, pixels.shape[1], pixels.shape[2]) if self.masks else None
         seen_left = pixels.shape[2] - width - left if flip else left  # in a mirrored picture, counted from its left
         return Example(
             pixels=images.cut(pixels, height, width, top, left, flip),
@@ -103,19 +107,33 @@ class TrainingSet:
             key=pixel_key(picture, height, width, top, left, flip),
             size=(*original, top, seen_left),
             frame=(height, width),
+            mask=None if mask is None else images.cut(mask, height, width, top, left, flip),
         )
 
     def _resize(self, picture: Picture) -> tuple[Tensor, tuple[int, int]]:
-        """As `read_resized`; kept while there is room, so that small sets are decoded once."""
-        name = (picture.origin, picture.name)
-        if name in self._resized:
-            return self._resized[name]
-        resized = read_resized(picture, self.height, self.width, self.background)
+        """As `read_resized`."""
+        key = ("picture", picture.origin, picture.name)
+        if key not in self._kept:
+            resized = read_resized(picture, self.height, self.width, self.background)
+            self._keep(key, resized, resized[0].nbytes)
+            return resized
+        return self._kept[key]
+
+    def _mask(self, picture: Picture, height: int, width: int) -> Tensor | None:
+        """As `read_mask`."""
+        key = ("mask", picture.origin, picture.name)
+        if key not in self._kept:
+            mask = read_mask(picture, height, width)
+            self._keep(key, mask, 0 if mask is None else mask.nbytes)
+            return mask
+        return self._kept[key]
+
+    def _keep(self, key: tuple[str, str, str], value: Any, size: int) -> None:
+        """Remember what was read, while there is room, so that small sets are decoded once."""
         worker = get_worker_info()
-        if self._bytes_kept + resized[0].nbytes <= MEMORY // (worker.num_workers if worker else 1):
-            self._resized[name] = resized
-            self._bytes_kept += resized[0].nbytes
-        return resized
+        if self._bytes_kept + size <= MEMORY // (worker.num_workers if worker else 1):
+            self._kept[key] = value
+            self._bytes_kept += size
 
 
 def held_out(sources: Sequence[Source], fraction: float, seed: int) -> tuple[list[Source], Source]:
@@ -150,7 +168,12 @@ def held_out(sources: Sequence[Source], fraction: float, seed: int) -> tuple[lis
 
 
 def validation_examples(
-    sources: Sequence[Source], height: int, width: int, count: int, background: str = "white"
+    sources: Sequence[Source],
+    height: int,
+    width: int,
+    count: int,
+    background: str = "white",
+    masks: bool = False,
 ) -> list[Example]:
     """At most `count` pictures, evenly spread over the sources: centre crop, no flip, first caption, no dropout.
 
@@ -164,6 +187,7 @@ def validation_examples(
     for number, picture in enumerate(chosen):
         pixels, original = read_resized(picture, height, width, background)  # (3, h, w)
         top, left = images.place(pixels, height, width, "center", (0.5, 0.5))
+        mask = read_mask(picture, pixels.shape[1], pixels.shape[2]) if masks else None
         examples.append(
             Example(
                 pixels=images.cut(pixels, height, width, top, left, flip=False),
@@ -174,6 +198,7 @@ def validation_examples(
                 key=pixel_key(picture, height, width, top, left, flip=False),
                 size=(*original, top, left),
                 frame=(height, width),
+                mask=None if mask is None else images.cut(mask, height, width, top, left, flip=False),
             )
         )
     return examples

@@ -47,6 +47,19 @@ def read_resized(picture: Picture, height: int, width: int, background: str) -> 
     return images.cover(rgb, height, width), (rgb.height, rgb.width)
 
 
+def read_mask(picture: Picture, height: int, width: int) -> Tensor | None:
+    """The whole mask of a picture, at the size that it was resized to, (1, height, width), uint8; None without one.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if picture.mask is None:
+        return None
+    content = picture.mask()
+    name = f"{picture.origin}: mask of {picture.name}" if isinstance(content, bytes) else None
+    return images.read_mask(content, height, width, name)
+
+
 def pixel_key(picture: Picture, height: int, width: int, top: int, left: int, flip: bool) -> str:
     """Equal for equal pixels, else different."""
     return f"{picture.origin}|{picture.name}|{height}x{width}+{top}+{left}|{'mirrored' if flip else 'upright'}"

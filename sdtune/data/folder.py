@@ -20,6 +20,7 @@ from sdtune.data.sidecars import sidecar_captions
 from sdtune.errors import DataError
 
 METADATA_FILES = (METADATA, "metadata.csv", "metadata.parquet")
+MASK = "mask"  # the column that `datasets` makes of mask_file_name
 SPLITS = {"train", "training", "test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"}
 
 
@@ -59,14 +60,11 @@ def folder_pictures(
     unlisted = [name for name in pictures if name not in table.captions and name not in table.other_files]
     if prompt is not None:
         names = [*table.captions, *unlisted]
-        return [_picture(folder, name, (prompt,), table.weights.get(name, 1.0)) for name in names]
+        return [table.picture(name, (prompt,)) for name in names]
     without = [name for name, captions in table.captions.items() if not captions] + unlisted
     if without:
         raise DataError(_no_captions(folder, f"{folder}: {some(without)} without caption", key))
-    return [
-        _picture(folder, name, tuple(captions), table.weights.get(name, 1.0))
-        for name, captions in table.captions.items()
-    ]
+    return [table.picture(name, tuple(captions)) for name, captions in table.captions.items()]
 
 
 class _Rows:
@@ -75,12 +73,15 @@ class _Rows:
     Attributes:
         captions: for each picture's name its captions, without blank ones; empty if captions are not asked for.
         weights: for the names whose rows give a weight.
+        masks: for the names whose rows give a mask, the mask's name.
         other_files: names of masks and other files that rows mention beside the picture.
     """
 
     def __init__(self, folder: Path, files: list[str], image_column: str, text_column: str | None, key: str) -> None:
+        self.folder = folder
         self.captions: dict[str, list[str]] = {}
         self.weights: dict[str, float] = {}
+        self.masks: dict[str, str] = {}
         self.other_files: set[str] = set()
         columns, image_columns = _read_columns(folder, files)
         for column in [image_column, *([text_column] if text_column is not None else [])]:
@@ -91,16 +92,20 @@ class _Rows:
         none = [None] * len(columns[image_column])
         texts = columns[text_column] if text_column is not None else none
         weights = columns.get("weight", none)
+        masks = list(_names(folder, columns[MASK])) if MASK in image_columns - {image_column} else none
         for number, name in enumerate(_names(folder, columns[image_column])):
             if name is None:
                 raise DataError(f"{folder / files[0]}, row {number + 1} names no picture; give it a file_name.")
             self.captions.setdefault(name, []).extend(captions_of(texts[number]))
-            weight = weights[number]
+            weight, mask = weights[number], masks[number]
             if weight is not None and self.weights.setdefault(name, float(weight)) != weight:
-                raise DataError(
-                    f"{folder / files[0]} gives {name} the weights {self.weights[name]} and {weight}; expected one "
-                    "weight a picture: make them equal in all its rows."
-                )
+                raise _two_values(folder / files[0], name, "weight", self.weights[name], weight)
+            if mask is not None and self.masks.setdefault(name, mask) != mask:
+                raise _two_values(folder / files[0], name, "mask", self.masks[name], mask)
+
+    def picture(self, name: str, captions: tuple[str, ...]) -> Picture:
+        """The picture of that name; one that no row names has weight 1 and no mask."""
+        return _picture(self.folder, name, captions, self.weights.get(name, 1.0), self.masks.get(name))
 
 
 def _read_columns(folder: Path, files: list[str]) -> tuple[dict[str, list[Any]], set[str]]:
@@ -160,14 +165,20 @@ def _names(folder: Path, cells: Iterable[dict[str, Any] | None]) -> Iterator[str
     root, known = os.path.abspath(folder), dict[str, str]()
     for cell in cells:
         path = (cell or {}).get("path")
-        if path is not None and path not in known:
+        if path is None or path.endswith("/."):  # the cell was empty
+            yield None
+            continue
+        if path not in known:
             known[path] = os.path.relpath(path, root).replace(os.sep, "/")
-        yield known[path] if path is not None else None
+        yield known[path]
 
 
-def _picture(folder: Path, name: str, captions: tuple[str, ...], weight: float) -> Picture:
-    path = os.path.join(folder, *name.split("/"))
-    return Picture(name, captions, weight, partial(str, path), origin=os.path.abspath(folder))
+def _picture(folder: Path, name: str, captions: tuple[str, ...], weight: float, mask: str | None = None) -> Picture:
+    def reader(name: str) -> partial[str]:
+        return partial(str, os.path.join(folder, *name.split("/")))
+
+    origin = os.path.abspath(folder)
+    return Picture(name, captions, weight, reader(name), origin, None if mask is None else reader(mask))
 
 
 def _split_folder(folder: Path, split: str, key: str) -> Path:
@@ -205,6 +216,13 @@ def _refuse_missing(folder: Path, names: Iterable[str], files: set[str]) -> None
             f"{folder}: {some(missing)} named in its metadata but not there; put the files back, or take their rows "
             "away."
         )
+
+
+def _two_values(file: Path, name: str, what: str, first: object, second: object) -> DataError:
+    return DataError(
+        f"{file} gives {name} the {what}s {first} and {second}; expected one {what} a picture: make them equal in all "
+        "its rows."
+    )
 
 
 def _no_captions(folder: Path, what: str, key: str) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor
 from sdtune.errors import DataError
 
 Crop = Literal["center", "random"]
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
+DAMAGED_EXIF = (SyntaxError, ValueError, TypeError, KeyError, struct.error)
 
 
 def open_rgb(source: str | Path | bytes, background: str = "white", name: str | None = None) -> Image.Image:
@@ -69,11 +71,38 @@ def prepare(
 
 def cover(picture: Image.Image, height: int, width: int) -> Tensor:
     """Resizes (LANCZOS), keeping proportions, to the smallest size that covers the frame. (3, h, w), uint8."""
-    scale = max(height / picture.height, width / picture.width)
-    size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    high, wide = cover_size(picture.height, picture.width, height, width)
+    if (wide, high) != picture.size:
+        picture = picture.resize((wide, high), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()  # (h, w, 3) -> (3, h, w)
+
+
+def cover_size(picture_height: int, picture_width: int, height: int, width: int) -> tuple[int, int]:
+    """The smallest height and width of a picture, proportions kept, that covers the frame of `height` x `width`."""
+    scale = max(height / picture_height, width / picture_width)
+    return max(height, round(picture_height * scale)), max(width, round(picture_width * scale))
+
+
+def read_mask(source: str | Path | bytes, height: int, width: int, name: str | None = None) -> Tensor:
+    """A mask at the size that its picture was resized to, (1, height, width), uint8.
+
+    Each value is the share of its area that is white: what is reduced is averaged, what is enlarged stays as hard as
+    it was. Transparent parts are black. Arguments and errors as of `open_rgb`.
+    """
+    mask = open_rgb(source, "black", name).convert("L").resize((width, height), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(mask)).unsqueeze(0)  # (h, w) -> (1, h, w)
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Height and width of an opened picture as a person sees it: turned as its EXIF says.
+
+    Nothing is decoded for it, so that EXIF behind the pixels of a PNG, where it is rare, counts after `load` only.
+    """
+    try:
+        turned = Image.Image.getexif(picture).get(ORIENTATION, 1) in QUARTER_TURNS
+    except DAMAGED_EXIF:
+        turned = False
+    return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 
 def place(pixels: Tensor, height: int, width: int, crop: Crop, offset: tuple[float, float]) -> tuple[int, int]:
@@ -98,7 +127,7 @@ def to_float(pixels: Tensor) -> Tensor:
 def _upright(picture: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(picture)
-    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
+    except DAMAGED_EXIF:
         return picture  # its EXIF is damaged; the pixels are not
 
 

@@ -15,6 +15,7 @@ class Picture:
         read: answers the path of its file, or its encoded bytes.
         origin: folder or data set that it is from; with `name` it tells it from every other picture.
         mask: as `read`, for the picture that shows where its subject is (white); None where there is none.
+        size: height and width in pixels as a person sees it; None until `survey` has looked.
     """
 
     name: str
@@ -23,3 +24,4 @@ class Picture:
     read: Callable[[], bytes | str]
     origin: str = ""
     mask: Callable[[], bytes | str] | None = None
+    size: tuple[int, int] | None = None

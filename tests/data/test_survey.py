@@ -1,4 +1,4 @@
-"""Broken pictures are all found before a run begins, and good ones are left alone."""
+"""Before a run begins all broken pictures are found, good ones left alone, and the sizes of all known."""
 
 import io
 import os
@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdtune.data import broken as module
-from sdtune.data.broken import broken, refuse_broken
+from sdtune.data import images
+from sdtune.data import survey as module
 from sdtune.data.picture import Picture
 from sdtune.data.sources import Source, load_source
+from sdtune.data.survey import look_at_all, survey
 from sdtune.errors import DataError
+
+
+def broken(pictures, **options):
+    return [fault for look in look_at_all(pictures, **options) for fault in look.broken]
 
 
 def encoded(kind: str, **options) -> bytes:
@@ -51,14 +56,14 @@ def test_all_are_told_in_one_paragraph(mixed, tmp_path):
     folder, bad = mixed
     source = load_source(path=folder, prompt="x")
     with pytest.raises(DataError) as fault:
-        refuse_broken([source, source])  # a folder that is used twice is looked at once
+        survey([source, source])  # a folder that is used twice is looked at once
     text = str(fault.value)
     assert text.startswith(f"{len(bad)} pictures cannot be read: {folder}") and f" and {len(bad) - 5} more; " in text
     assert "\n" not in text and text.count("cut.") == 5
     one = Source(tuple(picture for picture in source.pictures if picture.name == "page.jpg"))
     with pytest.raises(DataError, match=r"^1 picture cannot be read: .*page\.jpg \(not a picture\); replace it, or"):
-        refuse_broken([one])
-    refuse_broken([Source(tuple(picture for picture in source.pictures if picture.name not in bad))])
+        survey([one])
+    survey([Source(tuple(picture for picture in source.pictures if picture.name not in bad))])
 
 
 def test_pictures_that_are_not_files(monkeypatch, tmp_path):
@@ -89,3 +94,28 @@ def test_many_pictures_take_little_time(tmp_path):
     start = time.process_time()
     assert broken(pictures) == []
     assert time.process_time() - start < 4
+
+
+@pytest.mark.parametrize("few", [500, 3])
+def test_sizes_are_those_that_training_sees(tmp_path, few, monkeypatch):
+    monkeypatch.setattr(module, "FEW", few)
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        for orientation in (1, 3, 6, 8):
+            exif = Image.Exif()
+            exif[images.ORIENTATION] = orientation
+            (tmp_path / f"{orientation}.{kind.lower()}").write_bytes(encoded(kind, exif=exif))
+    (tmp_path / "plain.bmp").write_bytes(encoded("BMP"))
+    (source,) = survey([load_source(path=tmp_path, prompt="x")])
+    for picture in source.pictures:
+        seen = images.open_rgb(picture.read())
+        assert picture.size == (seen.height, seen.width), picture.name
+    assert {picture.size for picture in source.pictures} == {(48, 64), (64, 48)}
+
+
+def test_a_picture_of_two_sources_is_looked_at_once(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded("PNG"))
+    reads = []
+    picture = Picture("a.png", ("x",), 1.0, lambda: reads.append(1) or str(tmp_path / "a.png"), "here")
+    sources = survey([Source((picture,)), Source((picture, picture), role="class")])
+    assert [p.size for source in sources for p in source.pictures] == [(48, 64)] * 3 and len(reads) == 1
+    assert [source.role for source in sources] == ["instance", "class"]
