@@ -41,9 +41,9 @@ def open_model(model: str, lora: str | None = None, *, device: torch.device, pre
         )
     else:
         family = open_whole(str(path) if path.exists() else model, notes)
-    building.place(family, device, building.frozen_dtype(device, precision))
     for file in loras:
         load_lora(family, file)
+    building.place(family, device, building.frozen_dtype(device, precision))  # after them, so that it is rounded once
     return family
 
 

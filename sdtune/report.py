@@ -190,14 +190,18 @@ def commands(folder: Path, recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     if recipe["task"] == "denoising":
         found.append(("Draw with what this run made", f'sdtune sample {run} --prompt "what to draw"'))
     found.append(
-        ("The same training on your own pictures",
-         f"sdtune train {shlex.quote(str(folder / 'run.yaml'))} {photos} output.dir=runs/mine")
+        (
+            "The same training on your own pictures",
+            f"sdtune train {shlex.quote(str(folder / 'run.yaml'))} {photos} output.dir=runs/mine",
+        )
     )
     if recipe["task"] == "denoising":
         found += [
             ("Stable Diffusion 1.5 on your own pictures: copy its recipe", "sdtune recipes cp lora_sd15 mine.yaml"),
-            ("then change in it what you like, and train, on one GPU or several",
-             "accelerate launch -m sdtune train mine.yaml data.0.path=photos"),
+            (
+                "then change in it what you like, and train, on one GPU or several",
+                "accelerate launch -m sdtune train mine.yaml data.0.path=photos",
+            ),
         ]
     return found
 
