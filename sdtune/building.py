@@ -12,9 +12,11 @@ from sdtune.config import DataSource, ModelSettings, Recipe, resolve_asset
 from sdtune.data.batches import Batch, collate
 from sdtune.data.dataset import TrainingSet, validation_examples
 from sdtune.data.sources import Source, load_source
+from sdtune.diffusion.objectives import Objective
 from sdtune.errors import UsageError
 from sdtune.families import family_class
 from sdtune.families.base import Family
+from sdtune.families.schedulers import adjusted
 from sdtune.tasks import AutoencodingTask, DenoisingTask, Task
 
 
@@ -27,6 +29,7 @@ def make_family(recipe: Recipe) -> Family:
         seed=recipe.train.seed,
         max_tokens=recipe.images.max_tokens,
         prediction=recipe.objective.prediction,
+        zero_terminal_snr=recipe.objective.zero_terminal_snr,
         size=picture_size(recipe),
     )
 
@@ -37,6 +40,7 @@ def open_family(
     seed: int = 0,
     max_tokens: int = 75,
     prediction: str = "auto",
+    zero_terminal_snr: bool = False,
     size: tuple[int, int] | None = None,
     parts: list[str] | None = None,
 ) -> Family:
@@ -44,7 +48,8 @@ def open_family(
 
     Args:
         seed: of the weights of parts that are made from their configuration.
-        max_tokens, prediction: the recipe's images.max_tokens and objective.prediction.
+        max_tokens: the recipe's images.max_tokens.
+        prediction, zero_terminal_snr: of its objective; they change the scheduler.
         size: height and width of the pictures, noted in a UNet that is made without a sample_size.
         parts: limits what is loaded, for instance to ["vae"].
     """
@@ -59,8 +64,8 @@ def open_family(
         options |= {"vae": resolve_asset(model.vae) if model.vae else None}
         options |= {"variant": model.variant, "revision": model.revision, "allow_pickle": model.allow_pickle}
         family = kind.load(resolve_asset(str(model.base)), parts=parts, **options)
-    if prediction != "auto":
-        family.scheduler["prediction_type"] = prediction
+    if family.scheduler:
+        family.scheduler = adjusted(family.scheduler, prediction, zero_terminal_snr)
     unet = family.modules.get("unet")
     if unet is not None and unet.config.sample_size is None and size is not None:
         unet.register_to_config(sample_size=[side // family.factor for side in size])
@@ -73,6 +78,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     return notes | {
         "max_tokens": recipe.images.max_tokens,
         "prediction": recipe.objective.prediction,
+        "zero_terminal_snr": recipe.objective.zero_terminal_snr,
         "seed": recipe.train.seed,
         "size": list(picture_size(recipe)),
     }
@@ -86,6 +92,7 @@ def open_facts(notes: Mapping[str, Any]) -> Family:
         seed=notes.get("seed", 0),
         max_tokens=notes.get("max_tokens", 75),
         prediction=notes.get("prediction", "auto"),
+        zero_terminal_snr=notes.get("zero_terminal_snr", False),
         size=notes.get("size"),
     )
 
@@ -141,7 +148,13 @@ def make_task(recipe: Recipe, family: Family) -> Task:
     if recipe.task == "autoencoding":
         settings = recipe.reconstruction
         return AutoencodingTask(family, l1=settings.l1, l2=settings.l2, kl=settings.kl)
-    return DenoisingTask(family, snr_gamma=recipe.objective.snr_gamma, cache=recipe.train.cache)
+    return DenoisingTask(family, objective=make_objective(recipe), cache=recipe.train.cache)
+
+
+def make_objective(recipe: Recipe) -> Objective:
+    """How a denoiser's answers are judged; what the network predicts is the family's."""
+    settings = recipe.objective.model_dump(exclude={"prediction", "zero_terminal_snr"})
+    return Objective(**settings)
 
 
 def make_source(recipe: Recipe, settings: DataSource) -> Source:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -14,7 +14,15 @@ from sdtune.data.batches import Batch
 from sdtune.data.cache import MemoryCache
 from sdtune.data.images import to_float
 from sdtune.diffusion import draws
-from sdtune.diffusion.objectives import denoising_loss, reconstruction_loss
+from sdtune.diffusion.objectives import (
+    PLAIN,
+    Objective,
+    denoising_loss,
+    offset,
+    perturb,
+    pool_mask,
+    reconstruction_loss,
+)
 from sdtune.errors import WeightsError
 from sdtune.families.base import Conditioning, Family
 
@@ -27,15 +35,18 @@ class Draws:
         posterior: standard normal, (B, C, h, w): which latents stand for a picture.
         noise: standard normal, (B, C, h, w): what is added to them; None for autoencoding.
         t: timesteps, int64, (B,); None for autoencoding.
+        shown: the noise that the network sees where it is not `noise` (input perturbation), (B, C, h, w).
     """
 
     posterior: Tensor
     noise: Tensor | None = None
     t: Tensor | None = None
+    shown: Tensor | None = None
 
     def to(self, device: torch.device) -> "Draws":
         """The same on another device."""
-        return Draws(*(None if x is None else x.to(device) for x in (self.posterior, self.noise, self.t)))  # type: ignore[arg-type]
+        moved = {name: x.to(device) for name, x in vars(self).items() if x is not None}
+        return Draws(**moved)
 
 
 class Task(Protocol):
@@ -77,16 +88,16 @@ class DenoisingTask:
 
     Args:
         family: the model.
-        snr_gamma: Min-SNR clamp, or None.
+        objective: how the answers are judged.
         cache: keep the latents of pictures, and the embeddings of captions when no text encoder learns, in memory.
 
     Raises:
         UsageError: the model is one for inpainting.
     """
 
-    def __init__(self, family: Family, *, snr_gamma: float | None = None, cache: bool = True) -> None:
+    def __init__(self, family: Family, *, objective: Objective = PLAIN, cache: bool = True) -> None:
         family.require_text_to_image()
-        self.family, self.snr_gamma = family, snr_gamma
+        self.family, self.objective = family, objective
         self.modules = family.modules
         self.schedule = family.schedule
         learns = any(p.requires_grad for name in family.text_encoders for p in family.modules[name].parameters())
@@ -98,7 +109,12 @@ class DenoisingTask:
         """See `Task.draw`."""
         rows = [(number, int(i >= batch.instances)) for i, number in enumerate(batch.numbers)]  # 1: class pictures
         t = [draws.integer(len(self.schedule), seed, "timestep", *row) for row in rows]
-        return self.noises(batch, seed, "", rows, t)
+        drawn = self.noises(batch, seed, "", rows, t)
+        strength = self.objective.input_perturbation
+        if strength == 0 or drawn.noise is None:
+            return drawn
+        more = [draws.normal(drawn.noise.shape[1:], seed, "input perturbation", *row) for row in rows]
+        return replace(drawn, shown=perturb(drawn.noise, torch.stack(more), strength))
 
     def draw_fixed(self, batch: Batch, seed: int, total: int) -> Draws:
         """See `Task.draw_fixed`."""
@@ -111,6 +127,9 @@ class DenoisingTask:
         shape = self.family.latent_shape(*batch.frame)
         posterior = torch.stack([draws.normal(shape, seed, f"{purpose}posterior", *row) for row in rows])
         noise = torch.stack([draws.normal(shape, seed, f"{purpose}noise", *row) for row in rows])
+        if self.objective.offset_noise > 0:
+            levels = [draws.normal((shape[0], 1, 1), seed, f"{purpose}offset noise", *row) for row in rows]
+            noise = offset(noise, torch.stack(levels), self.objective.offset_noise)
         return Draws(posterior, noise, torch.tensor(t))  # (B, C, h, w), (B, C, h, w), (B,)
 
     def losses(self, batch: Batch, drawn: Draws) -> Tensor:
@@ -123,7 +142,15 @@ class DenoisingTask:
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             return self.family.predict(x_t, t, conditioning)
 
-        return denoising_loss(predict, x0, drawn.noise, drawn.t, self.schedule, self.snr_gamma)
+        return denoising_loss(
+            predict, x0, drawn.noise, drawn.t, self.schedule, self.objective, drawn.shown, self.mask(batch, x0)
+        )
+
+    def mask(self, batch: Batch, x0: Tensor) -> Tensor | None:
+        """Where the error counts in full, (B, 1, h, w); None where that is everywhere."""
+        if self.objective.outside_mask is None or batch.masks is None:
+            return None
+        return pool_mask(batch.masks, *x0.shape[-2:])
 
     @torch.no_grad()
     def encode_images(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 def impossible(recipe: Recipe) -> list[Fault]:
     """All faults of settings that are well formed one by one."""
     checks = (
-        *(_names, _start, _parts, _paths, _unused, _adapter, _sources, _measurements, _schedule),
+        *(_names, _start, _parts, _paths, _unused, _adapter, _objective, _sources, _measurements, _schedule),
         *(_images, _trackers, _machine),
     )
     return [fault for check in checks for fault in check(recipe)]
@@ -44,6 +44,8 @@ def unused_keys(recipe: Recipe) -> dict[str, str]:
         keys |= dict.fromkeys(DENOISING_ONLY, why)
     else:
         keys["reconstruction"] = "is read by task: autoencoding only; remove it"
+        if recipe.objective.loss != "huber":
+            keys["objective.huber_delta"] = "is read by objective.loss: huber only; remove it"
     if recipe.adapter.kind == "full":
         keys |= dict.fromkeys(LORA_ONLY, "is read by adapter.kind: lora only; remove it")
     if recipe.model.from_config is not None:
@@ -132,6 +134,15 @@ def _adapter(recipe: Recipe) -> Iterator[Fault]:
         yield "adapter.targets", f"got {show(adapter.targets)}, expected {expected}"
     if is_given(recipe, "optimizer.text_encoder_lr") and not adapter.text_encoder and recipe.task == "denoising":
         yield "optimizer.text_encoder_lr", "the text encoder does not learn; set adapter.text_encoder=true or remove it"
+
+
+def _objective(recipe: Recipe) -> Iterator[Fault]:
+    objective = recipe.objective
+    if objective.debiased and objective.snr_gamma is not None:
+        yield "objective.debiased", "got snr_gamma too; both weigh the timesteps, expected one of them"
+    if objective.zero_terminal_snr and objective.prediction == "epsilon":
+        why = "epsilon says nothing of the picture where there is nothing but noise"
+        yield "objective.zero_terminal_snr", f"{why}; expected objective.prediction=v_prediction (or sample)"
 
 
 def _sources(recipe: Recipe) -> Iterator[Fault]:

@@ -62,10 +62,23 @@ class AdapterSettings(Section):
 class Objective(Section):
     """What the loss of a denoiser is."""
 
-    prediction: Literal["auto", "epsilon", "v_prediction"] = Field(
-        "auto", description="What the network predicts; auto: what its scheduler says."
+    prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
+        "auto", description="What the network predicts (sample: the clean latents); auto: what its scheduler says."
     )
+    loss: Literal["l2", "l1", "huber"] = Field("l2", description="Squared or absolute error, or Huber's mixture.")
+    huber_delta: float = Field(0.1, gt=0, description="Error at which Huber's loss turns from a parabola into a line.")
     snr_gamma: float | None = Field(None, gt=0, description="Clamp of min-SNR weighting, 5.0 in the paper; null: none.")
+    debiased: bool = Field(False, description="Weigh timesteps by 1 / sqrt(SNR) (of the error of epsilon).")
+    offset_noise: float = Field(
+        0.0, ge=0, description="Noise that is one number for a whole channel, added to the noise; 0.05 to 0.1 is usual."
+    )
+    input_perturbation: float = Field(
+        0.0, ge=0, description="Noise that the network sees and is not asked for; 0.1 in the paper."
+    )
+    zero_terminal_snr: bool = Field(
+        False,
+        description="Let the noise schedule end in pure noise, and sample so (DDIM, trailing); not with epsilon.",
+    )
     outside_mask: float | None = Field(
         None, ge=0, le=1, description="Weight of the loss outside of the pictures' masks; null: masks are not used."
     )

@@ -22,18 +22,10 @@ from sdtune.families.loading import (
     tokenize,
 )
 from sdtune.families.saving import save_network
+from sdtune.families.schedulers import SAMPLER
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-# What a model from scratch samples with; the noise schedule of the recipe is added to it.
-SAMPLER = {
-    "_class_name": "DDIMScheduler",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,  # not read under trailing spacing, but pipelines warn of any other value
-    "timestep_spacing": "trailing",
-}
 
 
 class StableDiffusion:
