@@ -81,7 +81,7 @@ class LoraLayer:
         else:
             first = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
             second = f["lokr_w2"] if "lokr_w2" in f else _product(f, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-            product = torch.kron(first.view(*first.shape, *[1] * (second.ndim - 2)), second)
+            product = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second.contiguous())
         return self.scale * product.reshape(shape)
 
     def merged(self, weight: Tensor) -> Tensor:
