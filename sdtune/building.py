@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdtune.adapters import adapter_class
+from sdtune.adapters import SETTINGS, adapter_class
 from sdtune.adapters.base import Adapter
 from sdtune.config import DataSource, ModelSettings, Recipe, resolve_asset
 from sdtune.data.batches import Batch, collate
@@ -132,8 +132,8 @@ def move(network: nn.Module, device: torch.device, half: torch.dtype | None) -> 
 
 def make_adapter(recipe: Recipe) -> Adapter:
     """What learns."""
-    settings, kind = recipe.adapter, adapter_class(recipe.adapter.kind)
-    return kind() if settings.kind == "full" else kind(settings.rank, settings.alpha, settings.targets)
+    settings = recipe.adapter
+    return adapter_class(settings.kind)(**{name: getattr(settings, name) for name in SETTINGS[settings.kind]})
 
 
 def learning_networks(recipe: Recipe, family: Family) -> list[str]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdtune import building
+from sdtune.adapters.low_rank import is_target
 from sdtune.config import Recipe, resolve_asset
 from sdtune.data.check import Report
 from sdtune.data.check_findings import Finding, about
@@ -110,13 +111,12 @@ def learning_numbers(recipe: Recipe, network: nn.Module) -> int:
     """How many numbers learn in the denoiser, or the VAE."""
     if recipe.adapter.kind == "full":
         return sum(parameter.numel() for parameter in network.parameters())
-    rank, targets = recipe.adapter.rank, building.make_adapter(recipe).targets  # type: ignore[attr-defined]
-    count = 0
-    for name, module in network.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and any(f".{name}".endswith(f".{end}") for end in targets):
-            out, into, *kernel = module.weight.shape
-            count += rank * (into * torch.Size(kernel).numel() + out)
-    return count
+    adapter: Any = building.make_adapter(recipe)
+    return sum(
+        adapter.numbers(module)
+        for name, module in network.named_modules()
+        if is_target(module) and any(f".{name}".endswith(f".{end}") for end in adapter.targets)
+    )
 
 
 def written_bytes(recipe: Recipe, network: nn.Module) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sdtune import building
-from sdtune.adapters.lora_files import WEIGHTS_NAME, find_lora, load_lora
+from sdtune.adapters.lora_files import WEIGHTS_NAME, find_lora, load_lora, peft_parts
 from sdtune.checkpoint import all_checkpoints
 from sdtune.config import ModelSettings, resolve_asset
 from sdtune.errors import WeightsError
@@ -19,11 +19,11 @@ NOTES = "sdtune.json"  # beside the weights of a run
 
 
 def open_model(model: str, lora: str | None = None, *, device: torch.device, precision: str = "fp32") -> Family:
-    """The family behind a name, on its device, with its LoRA if it is one, and then with another LoRA.
+    """The family behind a name, on its device, with its adapter if it is one, and then with another.
 
     Args:
         model: run folder, its final/ or a checkpoint's weights/, diffusers folder, hub id, or tiny.
-        lora: LoRA file, or a folder or run that holds one.
+        lora: file of a LoRA or a relative of it, or a folder or run that holds one.
         precision: of the networks on a GPU, as `building.frozen_dtype` has it.
 
     Raises:
@@ -32,8 +32,8 @@ def open_model(model: str, lora: str | None = None, *, device: torch.device, pre
     path = weights_folder(Path(resolve_asset(model)))
     notes = read_notes(path)
     loras = [find_lora(weights_folder(Path(lora)))] if lora else []
-    if (path / WEIGHTS_NAME).is_file():
-        loras.insert(0, path / WEIGHTS_NAME)
+    if (path / WEIGHTS_NAME).is_file() or peft_parts(path):
+        loras.insert(0, find_lora(path))
         family = open_base(path, notes)
     elif notes.get("task") == "autoencoding":
         raise WeightsError(
@@ -79,17 +79,17 @@ def read_notes(folder: Path) -> dict[str, Any]:
 
 
 def open_base(folder: Path, notes: dict[str, Any]) -> Family:
-    """The model that a run's LoRA was trained on."""
+    """The model that a run's adapter was trained on."""
     if not notes:
         raise WeightsError(
-            f"'{folder}' holds a LoRA and no {NOTES} that names its base model; draw with: "
+            f"'{folder}' holds an adapter and no {NOTES} that names its base model; draw with: "
             f"sdtune sample BASE --lora {folder}"
         )
     try:
         return building.open_facts(notes)
     except WeightsError as fault:
         raise WeightsError(
-            f"'{folder}' is a LoRA for the model '{notes.get('base')}', which cannot be opened: {fault}. If it is "
+            f"'{folder}' is an adapter for the model '{notes.get('base')}', which cannot be opened: {fault}. If it is "
             f"elsewhere now: sdtune sample MODEL --lora {folder}"
         ) from fault
 

@@ -32,6 +32,8 @@ TARGETS = {
     "all": "attention, feed-forward and convolution layers",
 }
 
+ADAPTERS_IN_WORDS = {"lora": "LoRA", "rslora": "rank-stabilised LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -157,7 +159,7 @@ def learns(recipe: Mapping[str, Any]) -> str:
         return f"every weight of the UNet{also}"
     targets = adapter["targets"]
     where = TARGETS.get(targets, targets) if isinstance(targets, str) else ", ".join(targets)
-    return f"a LoRA of rank {adapter['rank']} on the {where}{also}"
+    return f"a {ADAPTERS_IN_WORDS[adapter['kind']]} of rank {adapter['rank']} on the {where}{also}"
 
 
 def samples(folder: Path) -> list[dict[str, Any]]:

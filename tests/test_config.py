@@ -90,7 +90,7 @@ def test_the_message_reads_as_in_the_style_page(bare: Path) -> None:
         ("trian.steps=3", "trian", "unknown key; did you mean 'train'?"),
         ("lr=3", "lr", "unknown key; did you mean 'optimizer.lr'?"),
         ("train.qqq=3", "train.qqq", "unknown key; known here: steps, batch_size"),
-        ("adapter.kind=lroa", "adapter.kind", "got 'lroa', expected one of full, lora; did you mean 'lora'?"),
+        ("adapter.kind=lroa", "adapter.kind", "got 'lroa', expected one of full, lora, rslora, dora, lokr, loha"),
         ("model.family=sdlx", "model.family", "did you mean 'sdxl'?"),
         ("adapter.targets=attn", "adapter.targets", "expected one of attention, attention+feedforward, all, or a list"),
         ("model.base=./nowhere", "model.base", "'./nowhere' does not exist, and is no hub id (user/name)"),
@@ -125,7 +125,7 @@ def test_each_fault_says_what_to_do(bare: Path, override: str, key: str, what: s
 
 def test_full_training_has_no_rank(bare: Path) -> None:
     found = faults(bare, "adapter.kind=full", "adapter.rank=4")
-    assert found == {"adapter.rank": "is read by adapter.kind: lora only; remove it"}
+    assert found == {"adapter.rank": "is read by adapter.kind: lora, rslora, dora, lokr, loha only; remove it"}
 
 
 def test_an_autoencoder_has_no_text(bare: Path) -> None:

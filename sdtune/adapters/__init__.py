@@ -1,4 +1,4 @@
-"""Adapters: which parameters of a model learn. Adding one is a file here and a line in `ADAPTERS`."""
+"""Adapters: which parameters of a model learn. One is a file here, a line in `ADAPTERS`, one in `SETTINGS`."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -10,10 +10,25 @@ if TYPE_CHECKING:
 ADAPTERS = {
     "full": "sdtune.adapters.full:Full",
     "lora": "sdtune.adapters.lora:Lora",
+    "rslora": "sdtune.adapters.lora:RsLora",
+    "dora": "sdtune.adapters.lora:Dora",
+    "lokr": "sdtune.adapters.lokr:LoKr",
+    "loha": "sdtune.adapters.loha:LoHa",
+}
+
+LOW_RANK = ("rank", "alpha", "targets")
+# The settings of a recipe's `adapter` that each kind is made from.
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "lora": LOW_RANK,
+    "rslora": LOW_RANK,
+    "dora": LOW_RANK,
+    "lokr": (*LOW_RANK, "factor"),
+    "loha": LOW_RANK,
 }
 
 
 def adapter_class(kind: str) -> "Callable[..., Adapter]":
-    """The class behind a name of `ADAPTERS`; each takes settings of its own."""
+    """The class behind a name of `ADAPTERS`; its arguments are named in `SETTINGS`."""
     module, _, attribute = ADAPTERS[kind].partition(":")
     return getattr(import_module(module), attribute)

@@ -1,83 +1,44 @@
-"""Low-rank adaptation through peft.
+"""Low-rank adaptation through peft, and its two close relatives, rsLoRA and DoRA.
 
-Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+Sources: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; Kalajdzievski 2023, "A Rank Stabilization
+Scaling Factor for Fine-Tuning with LoRA"; Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation".
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sdtune.adapters.base import Parameters, learnable
 from sdtune.adapters.lora_files import WEIGHTS_NAME
-from sdtune.diffusion import draws
-from sdtune.errors import UsageError
+from sdtune.adapters.low_rank import LowRank
 from sdtune.families.base import Family
 from sdtune.families.saving import historical_key
 
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-FEEDFORWARD = ["ff.net.0.proj", "ff.net.2"]
-CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "downsamplers.0.conv", "upsamplers.0.conv"]
-DENOISER_TARGETS = {
-    "attention": ATTENTION,
-    "attention+feedforward": ATTENTION + FEEDFORWARD,
-    "all": ATTENTION + FEEDFORWARD + CONVOLUTIONS,
-}
-TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
+class Lora(LowRank):
+    """Adapter `lora`: beside a weight (out, in) stands alpha / rank * B A; A (rank, in), B (out, rank), at first 0."""
 
-class Lora:
-    """Adapter `lora`.
+    name = "LoRA"
+    options: ClassVar[dict[str, bool]] = {}
 
-    Args:
-        rank: width of the two factors.
-        alpha: the update is scaled by alpha / rank; None means alpha = rank.
-        targets: a name of `DENOISER_TARGETS`, or endings of the denoiser's module names.
-    """
+    def config(self, targets: list[str]) -> Any:
+        """See `LowRank.config`."""
+        from peft import LoraConfig
 
-    writes_base = False
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            target_modules=targets,
+            init_lora_weights=True,
+            **self.options,  # type: ignore[arg-type]
+        )
 
-    def __init__(self, rank: int = 16, alpha: float | None = None, targets: str | Sequence[str] = "attention") -> None:
-        self.rank, self.alpha = rank, rank if alpha is None else alpha
-        self.targets = DENOISER_TARGETS[targets] if isinstance(targets, str) else list(targets)
-        self.networks: tuple[str, ...] = ()
-
-    def attach(self, family: Family, networks: Sequence[str], seed: int) -> dict[str, Parameters]:
-        """Put a pair of factors beside each target; see `Adapter.attach`.
-
-        Raises:
-            UsageError: no module of a network ends in one of the targets.
-        """
-        from peft import LoraConfig, inject_adapter_in_model
-
-        self.networks = tuple(networks)
-        learning: dict[str, Parameters] = {}
-        for name in networks:
-            targets = self.targets if name == family.denoiser else TEXT_TARGETS
-            config = LoraConfig(
-                r=self.rank,
-                lora_alpha=self.alpha,  # type: ignore[arg-type]
-                target_modules=targets,
-                init_lora_weights=True,
-            )
-            network = family.modules[name]
-            with draws.seeded_globals(seed, f"weights of the LoRA of {name}"):
-                try:
-                    inject_adapter_in_model(config, network)
-                except ValueError as fault:
-                    ends = sorted({ending(key) for key, part in network.named_modules() if is_target(part)})
-                    raise UsageError(
-                        f"adapter.targets: no linear or convolution layer of {name} ends in {', '.join(targets)}; "
-                        f"the endings it has are {', '.join(ends)}, the presets {', '.join(DENOISER_TARGETS)}"
-                    ) from fault
-            network.train()
-            factors = {key: p for key, p in network.named_parameters() if "lora_" in key}
-            for parameter in factors.values():
-                parameter.data = parameter.data.float()
-            learning[name] = learnable(family, name, factors)
-        return learning
+    def numbers(self, layer: nn.Linear | nn.Conv2d) -> int:
+        """See `LowRank.numbers`."""
+        out, into = layer.weight.shape[0], layer.weight[0].numel()
+        return self.rank * (into + out)
 
     def save(self, family: Family, folder: Path) -> None:
         """Write `pytorch_lora_weights.safetensors` as diffusers' `load_lora_weights` reads it."""
@@ -87,32 +48,46 @@ class Lora:
         state: dict[str, Tensor] = {}
         settings: dict[str, Any] = {}
         for name in self.networks:
-            network = family.modules[name]
-            prefix = "unet" if name == family.denoiser else name
+            network, prefix = family.modules[name], "unet" if name == family.denoiser else name
             for key, tensor in get_peft_model_state_dict(network).items():
-                key = key if name == family.denoiser else historical_key(key)
-                state[f"{prefix}.{key}"] = tensor.contiguous()
-            settings |= {
-                f"{prefix}.{key}": value for key, value in plain(network.peft_config["default"].to_dict()).items()
-            }
+                state[f"{prefix}.{key if name == family.denoiser else text_key(key)}"] = tensor.contiguous()
+            settings |= {f"{prefix}.{key}": value for key, value in layer_settings(network).items()}
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
         save_file(state, folder / WEIGHTS_NAME, metadata=metadata)
 
 
-def ending(name: str) -> str:
-    """The part of a module's name that tells its kind: to_q, to_out.0, conv1."""
-    *_, before, last = f".{name}".split(".")
-    return f"{before}.{last}" if last.isdecimal() else last
+class RsLora(Lora):
+    """Adapter `rslora`: the update is scaled by alpha / sqrt(rank), so that a large rank learns as fast as a small."""
+
+    options: ClassVar[dict[str, bool]] = {"use_rslora": True}
 
 
-def is_target(module: nn.Module) -> bool:
-    """Whether LoRA can stand beside this layer."""
-    return isinstance(module, (nn.Linear, nn.Conv2d))
+class Dora(Lora):
+    """Adapter `dora`: the length of each output's weights learns apart from their direction."""
+
+    options: ClassVar[dict[str, bool]] = {"use_dora": True}
+
+    def numbers(self, layer: nn.Linear | nn.Conv2d) -> int:
+        """See `LowRank.numbers`: a length an output comes on top."""
+        return super().numbers(layer) + layer.weight.shape[0]
 
 
-def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """peft's settings as JSON can hold them: only those that say how to rebuild the layers."""
+def text_key(key: str) -> str:
+    """The key of a text encoder's tensor that both older transformers and 5 put in its place.
+
+    (peft writes DoRA's lengths without `.weight`; transformers 5 looks for them with it, and passes over the others.)
+    """
+    return historical_key(f"{key}.weight" if key.endswith("lora_magnitude_vector") else key)
+
+
+def layer_settings(network: Any) -> dict[str, Any]:
+    """peft's settings as JSON can hold them: only those that say how to rebuild the layers.
+
+    rsLoRA is written as the LoRA that it is, of a larger alpha, because not all readers know of its scale.
+    """
+    config = network.peft_config["default"]
+    factor = config.r**0.5 if config.use_rslora else 1.0
+    values: Mapping[str, Any] = config.to_dict() | {"use_rslora": False, "lora_alpha": config.lora_alpha * factor}
     kept = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
-    values = {key: settings[key] for key in kept if key in settings}
-    return {key: sorted(value) if isinstance(value, (set, list)) else value for key, value in values.items()}
+    return {key: sorted(values[key]) if isinstance(values[key], (set, list)) else values[key] for key in kept}

@@ -22,7 +22,6 @@ DENOISING_ONLY = (
     "images.max_tokens",
     "validate.samples",
 )
-LORA_ONLY = ("adapter.rank", "adapter.alpha", "adapter.targets")
 LOADING_ONLY = ("model.variant", "model.revision", "model.vae", "model.allow_pickle")
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -46,11 +45,22 @@ def unused_keys(recipe: Recipe) -> dict[str, str]:
         keys["reconstruction"] = "is read by task: autoencoding only; remove it"
         if recipe.objective.loss != "huber":
             keys["objective.huber_delta"] = "is read by objective.loss: huber only; remove it"
-    if recipe.adapter.kind == "full":
-        keys |= dict.fromkeys(LORA_ONLY, "is read by adapter.kind: lora only; remove it")
+    keys |= _unread_by(recipe.adapter.kind)
     if recipe.model.from_config is not None:
         keys |= dict.fromkeys(LOADING_ONLY, "is read with model.base only; remove it")
     return keys
+
+
+def _unread_by(kind: str) -> dict[str, str]:
+    """Settings of other kinds of adapters than this."""
+    from sdtune.adapters import SETTINGS
+
+    readers = {name: [kind for kind, names in SETTINGS.items() if name in names] for name in sum(SETTINGS.values(), ())}
+    return {
+        f"adapter.{name}": f"is read by adapter.kind: {', '.join(kinds)} only; remove it"
+        for name, kinds in readers.items()
+        if kind in SETTINGS and kind not in kinds
+    }
 
 
 def is_given(section: Section, key: str) -> bool:
@@ -129,6 +139,8 @@ def _adapter(recipe: Recipe) -> Iterator[Fault]:
     adapter = recipe.adapter
     if recipe.task == "autoencoding" and adapter.kind != "full":
         yield "adapter.kind", f"got '{adapter.kind}', expected full: an autoencoding run trains the whole VAE"
+    if adapter.factor < 2 and adapter.factor != -1:
+        yield "adapter.factor", f"got {adapter.factor}, expected at least 2, or -1 for near the square root"
     if adapter.targets == [] or isinstance(adapter.targets, str) and adapter.targets not in TARGET_PRESETS:
         expected = f"one of {', '.join(TARGET_PRESETS)}, or a list of module names"
         yield "adapter.targets", f"got {show(adapter.targets)}, expected {expected}"

@@ -42,14 +42,20 @@ class AdapterSettings(Section):
     """Which parameters learn."""
 
     kind: str = Field("lora", description="A name of sdtune.adapters.ADAPTERS; full: every parameter.")
-    rank: int = Field(16, ge=1, description="LoRA: width of the two factors.")
+    rank: int = Field(16, ge=1, description="LoRA and its relatives: width of the factors.")
     alpha: float | None = Field(
-        None, gt=0, validate_default=True, description="LoRA: the update is scaled by alpha / rank; null: the rank."
+        None,
+        gt=0,
+        validate_default=True,
+        description="LoRA and its relatives: the update is scaled by alpha / rank (rslora: alpha / sqrt(rank)); null: "
+        "the rank.",
     )
     targets: str | list[str] = Field(
         "attention",
-        description="LoRA: attention, attention+feedforward, all (convolutions too), or a list of module names.",
+        description="LoRA and its relatives: attention, attention+feedforward, all (convolutions too), or a list of "
+        "module names of the denoiser.",
     )
+    factor: int = Field(-1, description="LoKr: about the side of the first matrix, at most; -1: near the square root.")
     text_encoder: bool = Field(False, description="Whether the text encoder learns too.")
 
     @field_validator("alpha")

@@ -1,0 +1,34 @@
+"""Adapter `loha`: the update of a weight is the elementwise product of two low-rank matrices, of rank up to rank^2.
+
+Source: Hyeon-Woo et al. 2022, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning".
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sdtune.adapters import peft_folder
+from sdtune.adapters.low_rank import LowRank
+from sdtune.families.base import Family
+
+
+class LoHa(LowRank):
+    """Beside the weight (out, in) stands alpha / rank * (B1 A1) * (B2 A2), both of that rank."""
+
+    name = "LoHa"
+
+    def config(self, targets: list[str]) -> Any:
+        """See `LowRank.config`."""
+        from peft import LoHaConfig
+
+        return LoHaConfig(r=self.rank, alpha=self.alpha, target_modules=targets)  # type: ignore[arg-type]
+
+    def numbers(self, layer: nn.Linear | nn.Conv2d) -> int:
+        """See `LowRank.numbers`."""
+        out, into = layer.weight.shape[0], layer.weight[0].numel()
+        return 2 * self.rank * (into + out)
+
+    def save(self, family: Family, folder: Path) -> None:
+        """Write a folder for each network in peft's own format; diffusers' LoRA format has no place for it."""
+        peft_folder.save(family, self.networks, folder)

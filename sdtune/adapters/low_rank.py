@@ -1,0 +1,103 @@
+"""What LoRA and its relatives share: peft puts small factors beside frozen layers, and only they learn."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from sdtune.adapters.base import Parameters, learnable
+from sdtune.diffusion import draws
+from sdtune.errors import UsageError
+from sdtune.families.base import Family
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+FEEDFORWARD = ["ff.net.0.proj", "ff.net.2"]
+CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "downsamplers.0.conv", "upsamplers.0.conv"]
+DENOISER_TARGETS = {
+    "attention": ATTENTION,
+    "attention+feedforward": ATTENTION + FEEDFORWARD,
+    "all": ATTENTION + FEEDFORWARD + CONVOLUTIONS,
+}
+TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+TEXT_TARGETS = {
+    "attention": TEXT_ATTENTION,
+    "attention+feedforward": [*TEXT_ATTENTION, "fc1", "fc2"],
+    "all": [*TEXT_ATTENTION, "fc1", "fc2"],
+}
+
+
+class LowRank:
+    """The settings that LoRA and its relatives have in common.
+
+    Args:
+        rank: width of the factors.
+        alpha: the update is scaled by alpha / rank; None means alpha = rank.
+        targets: a name of `DENOISER_TARGETS`, or endings of the denoiser's module names (of text encoders the
+            attention then learns).
+    """
+
+    writes_base = False
+    name = "low-rank adapter"
+
+    def __init__(self, rank: int = 16, alpha: float | None = None, targets: str | Sequence[str] = "attention") -> None:
+        self.rank, self.alpha = rank, float(rank) if alpha is None else alpha
+        self.targets = DENOISER_TARGETS[targets] if isinstance(targets, str) else list(targets)
+        self.text_targets = TEXT_TARGETS[targets] if isinstance(targets, str) else TEXT_ATTENTION
+        self.networks: tuple[str, ...] = ()
+
+    def config(self, targets: list[str]) -> Any:
+        """peft's configuration for layers whose names end in one of `targets`."""
+        raise NotImplementedError
+
+    def numbers(self, layer: nn.Linear | nn.Conv2d) -> int:
+        """How many numbers learn beside a layer."""
+        raise NotImplementedError
+
+    def attach(self, family: Family, networks: Sequence[str], seed: int) -> dict[str, Parameters]:
+        """Put factors beside each target; see `Adapter.attach`.
+
+        Raises:
+            UsageError: no layer of a network ends in one of the targets.
+        """
+        self.networks = tuple(networks)
+        learning: dict[str, Parameters] = {}
+        for name in networks:
+            targets = self.targets if name == family.denoiser else self.text_targets
+            network = family.modules[name]
+            with draws.seeded_globals(seed, f"weights of the {self.name} of {name}"):
+                inject(network, self.config(targets), targets, name)
+            network.train()
+            factors = {key: p for key, p in network.named_parameters() if p.requires_grad}
+            for parameter in factors.values():
+                parameter.data = parameter.data.float()
+            learning[name] = learnable(family, name, factors)
+        return learning
+
+
+def inject(network: nn.Module, config: Any, targets: Sequence[str], name: str) -> None:
+    """Put an adapter named `default` into a network; only its parameters ask for gradients afterwards.
+
+    Raises:
+        UsageError: no layer ends in one of the targets.
+    """
+    from peft import inject_adapter_in_model
+
+    try:
+        inject_adapter_in_model(config, network)
+    except ValueError as fault:
+        ends = sorted({ending(key) for key, part in network.named_modules() if is_target(part)})
+        raise UsageError(
+            f"adapter.targets: no linear or convolution layer of {name} ends in {', '.join(targets)}; the endings it "
+            f"has are {', '.join(ends)}, the presets {', '.join(DENOISER_TARGETS)}"
+        ) from fault
+
+
+def ending(name: str) -> str:
+    """The part of a module's name that tells its kind: to_q, to_out.0, conv1."""
+    *_, before, last = f".{name}".split(".")
+    return f"{before}.{last}" if last.isdecimal() else last
+
+
+def is_target(module: nn.Module) -> bool:
+    """Whether factors can stand beside this layer."""
+    return isinstance(module, (nn.Linear, nn.Conv2d))
