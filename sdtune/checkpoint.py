@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from sdtune.data.atomic import flush, replace_file
 from sdtune.errors import RunError
 
+# Settings of an optimizer's groups that are not state: they follow from the recipe.
+FROM_RECIPE = ("params", "lr", "base_lr", "weight_decay", "betas", "eps")
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write a small JSON file, whole or not at all."""
@@ -110,18 +113,52 @@ def save(
         if averages is not None:
             save_file({name: a.cpu().contiguous() for name, a in averages.items()}, state / "ema.safetensors")
         facts: dict[str, Any] = {"step": step, "same": dict(same or {}), "format": 1}
+        facts["optimizer"] = optimizer_numbers(parameters, optimizer)
         facts["scaler"] = scaler.state_dict() if scaler is not None else None
         (state / "state.json").write_text(json.dumps(facts), encoding="utf-8")
         save_weights(aside / "weights")
 
 
 def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors under "parameter name/what"."""
-    kept: dict[str, Tensor] = {}
+    """The optimizer's tensors, in their own types, under "parameter name/what"."""
+    return {
+        f"{name}/{what}": value.detach().cpu().contiguous().clone()
+        for name, parameter in parameters.items()
+        for what, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def optimizer_numbers(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What optimizers keep as Python numbers: for each parameter, and for each group in place of its defaults."""
+    of_parameters: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            kept[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous().clone()
-    return kept
+        for what, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor):
+                of_parameters.setdefault(name, {})[what] = value
+    of_groups = [
+        {what: value for what, value in group.items()
+         if what not in FROM_RECIPE and value != optimizer.defaults.get(what)}
+        for group in optimizer.param_groups
+    ]  # fmt: skip
+    return {"parameters": of_parameters, "groups": of_groups}
+
+
+def restore_optimizer(
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Any],
+) -> None:
+    """Put back what `optimizer_tensors` and `optimizer_numbers` gave."""
+    for key, value in tensors.items():
+        name, _, what = key.rpartition("/")
+        parameter = parameters[name]
+        optimizer.state[parameter][what] = value if what == "step" else value.to(parameter.device)
+    for name, some in numbers.get("parameters", {}).items():
+        optimizer.state[parameters[name]].update(some)
+    for group, some in zip(optimizer.param_groups, numbers.get("groups", ()), strict=False):
+        group.update(some)
 
 
 def restore(
@@ -170,10 +207,7 @@ def restore(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(trainable[name])
-        for key, value in moments.items():
-            name, _, what = key.rpartition("/")
-            parameter = parameters[name]
-            optimizer.state[parameter][what] = value if what == "step" else value.to(parameter.device)
+    restore_optimizer(parameters, optimizer, moments, facts.get("optimizer", {}))
     if averages is not None:
         for name, average in averages.items():
             average.copy_(averaged[name])

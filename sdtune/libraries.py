@@ -13,12 +13,21 @@ SAYS_NOTHING = (
     ("diffusers.models.modeling_utils", "should be kept in float32: []"),  # an empty list
     ("diffusers.loaders.lora_base", "No LoRA keys associated to"),  # `check_fit` has looked at every key
     ("diffusers.loaders.peft", "No LoRA keys associated to"),
+    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),  # it has others
+    ("bitsandbytes.autograd._functions", "inputs will be cast from"),  # at every step
 )
 
 
-def prepare() -> None:
-    """Call this first in a command that trains or draws."""
-    leave_out("bitsandbytes")
+def prepare(*, eight_bits: bool = False) -> None:
+    """Call this first in a command that trains or draws.
+
+    Args:
+        eight_bits: bitsandbytes will be needed.
+    """
+    if eight_bits:
+        let_in("bitsandbytes")
+    else:
+        leave_out("bitsandbytes")
     silence()
 
 
@@ -28,6 +37,12 @@ def leave_out(package: str) -> None:
     peft imports bitsandbytes wherever it finds it: 2.5 seconds, and a warning about kernels that nobody asked for.
     """
     sys.modules.setdefault(package, None)  # type: ignore[arg-type]
+
+
+def let_in(package: str) -> None:
+    """Take `leave_out` back."""
+    if sys.modules.get(package, package) is None:
+        del sys.modules[package]
 
 
 def silence() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from sdtune import building, checkpoint, distributed
 from sdtune.config import DataSource, Recipe, dump, load
+from sdtune.config.memory_checks import needs_bitsandbytes
 from sdtune.data.batches import batches
 from sdtune.data.dataset import held_out
 from sdtune.data.sources import Source, fingerprint
@@ -19,7 +20,7 @@ from sdtune.data.survey import survey
 from sdtune.errors import DataError, RunError, SdtuneError
 from sdtune.libraries import prepare as prepare_libraries
 from sdtune.logbook import Logbook
-from sdtune.optimizers import make_optimizer
+from sdtune.optimizers import averaged, make_optimizer
 from sdtune.resuming import check_folder
 from sdtune.run_folder import RunFolder
 from sdtune.tasks import AutoencodingTask, TrainStep
@@ -115,9 +116,10 @@ class Run:
         text_lr = settings.lr if settings.text_encoder_lr is None else settings.text_encoder_lr
         rates = {name: text_lr if name in self.family.text_encoders else settings.lr for name in learning}
         optimizer = make_optimizer(
+            settings.name,
             [(list(some.values()), rates[name]) for name, some in learning.items()],
             weight_decay=settings.weight_decay,
-            betas=(settings.betas[0], settings.betas[1]),
+            betas=settings.betas,
             eps=settings.eps,
         )
         self.task = building.make_task(recipe, self.family)
@@ -290,8 +292,10 @@ class Run:
         checkpoint.write_json(folder / "sdtune.json", building.facts(self.recipe) | {"step": self.step})
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within: the EMA's weights, if there is one."""
-        return nullcontext() if self.ema is None or self.step == 0 else self.ema.applied()
+        """Within: the EMA's weights, if there is one, or those that the optimizer averages."""
+        if self.ema is None:
+            return averaged(self.optimizer.optimizer)
+        return nullcontext() if self.step == 0 else self.ema.applied()
 
 
 def due(step: int, every: int | None) -> bool:
@@ -321,7 +325,7 @@ def command(recipe: str, overrides: list[str], resume: bool = False, as_json: bo
     from sdtune.progress import show_progress
 
     settings = load(recipe, overrides)
-    prepare_libraries()
+    prepare_libraries(eight_bits=needs_bitsandbytes(settings))
     run = Run(settings, resume=resume)
     info = show_progress(run)
     run.finish()

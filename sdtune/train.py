@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sdtune.data.batches import Batch
 from sdtune.errors import TrainingError
+from sdtune.optimizers import learning_rate
 from sdtune.tasks import Draws, TrainStep
 
 
@@ -30,7 +31,7 @@ class StepInfo:
     Attributes:
         step: number of optimizer steps done, from 1.
         loss: sum of weighted losses over the number of instance rows, of all micro-batches and processes.
-        lr: learning rate of the first group.
+        lr: learning rate of the first group (`optimizers.learning_rate`).
         grad_norm: norm of the gradient before clipping.
         samples: instance rows seen in this step by all processes.
         seconds: wall time of the step.
@@ -175,7 +176,7 @@ def train(
         if ema is not None:
             ema.update(step + 1)
         seconds = time.perf_counter() - began
-        yield StepInfo(step + 1, total.item(), optimizer.param_groups[0]["lr"], norm, samples, seconds)
+        yield StepInfo(step + 1, total.item(), learning_rate(optimizer), norm, samples, seconds)
 
 
 def clip_gradients(accelerator: Accelerator, optimizer: Any, clip: float | None) -> float:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from glob import glob, has_magic
-from importlib.util import find_spec
 from pathlib import Path
 
+from sdtune.config.memory_checks import is_installed, optimizer, unread_by_optimizer
 from sdtune.config.messages import Fault, nearest, show
 from sdtune.config.recipe import TARGET_PRESETS, DataSource, Recipe, Section
 from sdtune.config.shipped import TINY, resolve_asset
@@ -30,7 +30,7 @@ def impossible(recipe: Recipe) -> list[Fault]:
     """All faults of settings that are well formed one by one."""
     checks = (
         *(_names, _start, _parts, _paths, _unused, _adapter, _objective, _sources, _measurements, _schedule),
-        *(_images, _trackers, _machine),
+        *(_images, optimizer, _trackers, _machine),
     )
     return [fault for check in checks for fault in check(recipe)]
 
@@ -46,6 +46,7 @@ def unused_keys(recipe: Recipe) -> dict[str, str]:
         if recipe.objective.loss != "huber":
             keys["objective.huber_delta"] = "is read by objective.loss: huber only; remove it"
     keys |= _unread_by(recipe.adapter.kind)
+    keys |= unread_by_optimizer(recipe)
     if recipe.model.from_config is not None:
         keys |= dict.fromkeys(LOADING_ONLY, "is read with model.base only; remove it")
     return keys
@@ -237,7 +238,7 @@ def _images(recipe: Recipe) -> Iterator[Fault]:
 
 def _trackers(recipe: Recipe) -> Iterator[Fault]:
     for name in recipe.output.trackers:
-        if find_spec(name) is None:
+        if not is_installed(name):
             yield "output.trackers", f"{name} is not installed; install it with: pip install {name.replace('_', '-')}"
 
 

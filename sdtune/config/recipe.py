@@ -153,12 +153,23 @@ class Images(Section):
 class OptimizerSettings(Section):
     """How the parameters move."""
 
-    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
-    lr: float = Field(gt=0, description="Learning rate.", examples=[1e-4])
+    name: Literal["adamw", "adamw8bit", "lion8bit", "adafactor", "prodigy", "schedulefree"] = Field(
+        "adamw",
+        description="The optimizer; adamw8bit and lion8bit keep their state in 8 bits, adafactor hardly any; prodigy "
+        "finds the rate itself; schedulefree is an AdamW that averages instead of lowering its rate.",
+    )
+    lr: float = Field(
+        gt=0,
+        description="Learning rate: with prodigy 1.0, with lion8bit a third to a tenth of AdamW's.",
+        examples=[1e-4],
+    )
     text_encoder_lr: float | None = Field(None, gt=0, description="Learning rate of the text encoder; null: lr.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay.")
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
-        [0.9, 0.999], min_length=2, max_length=2, description="Decay of the two running means."
+        default_factory=lambda values: [0.9, 0.99 if values.get("name") == "lion8bit" else 0.999],
+        min_length=2,
+        max_length=2,
+        description="Decay of the two running means; by default 0.9 and 0.999, with lion8bit 0.99.",
     )
     eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
