@@ -13,9 +13,10 @@ from sdtune.data.batches import Batch, collate
 from sdtune.data.dataset import TrainingSet, validation_examples
 from sdtune.data.sources import Source, load_source
 from sdtune.diffusion.objectives import Objective
-from sdtune.errors import UsageError
+from sdtune.errors import DataError, UsageError
 from sdtune.families import family_class
 from sdtune.families.base import Family
+from sdtune.families.inpainting import widen
 from sdtune.families.schedulers import adjusted
 from sdtune.tasks import AutoencodingTask, DenoisingTask, Task
 
@@ -64,6 +65,8 @@ def open_family(
         options |= {"vae": resolve_asset(model.vae) if model.vae else None}
         options |= {"variant": model.variant, "revision": model.revision, "allow_pickle": model.allow_pickle}
         family = kind.load(resolve_asset(str(model.base)), parts=parts, **options)
+    if model.inpaint:
+        widen(family.modules[family.denoiser])
     if family.scheduler:
         family.scheduler = adjusted(family.scheduler, prediction, zero_terminal_snr)
     unet = family.modules.get("unet")
@@ -148,7 +151,17 @@ def make_task(recipe: Recipe, family: Family) -> Task:
     if recipe.task == "autoencoding":
         settings = recipe.reconstruction
         return AutoencodingTask(family, l1=settings.l1, l2=settings.l2, kl=settings.kl)
-    return DenoisingTask(family, objective=make_objective(recipe), cache=recipe.train.cache)
+    if recipe.images.masks is not None and not family.inpaints:
+        raise UsageError(
+            "images.masks says what an inpainting model does not see, and this model is one of text to image; remove "
+            "it, or make it one for inpainting: model.inpaint=true adapter.kind=full"
+        )
+    return DenoisingTask(
+        family,
+        objective=make_objective(recipe),
+        cache=recipe.train.cache,
+        own_masks=recipe.images.masks == "given",
+    )
 
 
 def make_objective(recipe: Recipe) -> Objective:
@@ -196,9 +209,34 @@ def make_held_out(recipe: Recipe, sources: Sequence[Source], count: int, batch_s
     return [collate([[e] for e in examples[i : i + batch_size]]) for i in range(0, len(examples), batch_size)]
 
 
+def check_masks(recipe: Recipe, sources: Sequence[Source]) -> None:
+    """Raises DataError where masks are asked for and no instance picture has one."""
+    if reads_masks(recipe) and not any(p.mask for s in sources if s.role == "instance" for p in s.pictures):
+        key = "objective.outside_mask" if recipe.objective.outside_mask is not None else "images.masks"
+        raise DataError(
+            f"{key} is set, and no picture has a mask; name one in each row of metadata.jsonl (mask_file_name: a "
+            f"picture of the same size, white where the subject is), or remove {key}"
+        )
+
+
+def make_shown(recipe: Recipe, sources: Sequence[Source], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the samples of an inpainting run start from: pictures, (count, 3, H, W), and masks, (count, 1, H, W).
+
+    What is hidden of each is what its own mask says, or the middle, where masks are drawn at random.
+    """
+    height, width = picture_size(recipe)
+    examples = validation_examples(sources, height, width, count, recipe.images.background, reads_masks(recipe))
+    middle = torch.zeros(1, height, width, dtype=torch.uint8)
+    middle[:, height // 4 : -(height // 4), width // 4 : -(width // 4)] = 255
+    pixels = [example.pixels for example in examples if example.pixels is not None]
+    masks = [middle if recipe.images.masks != "given" or e.mask is None else e.mask for e in examples]
+    turns = [i % len(pixels) for i in range(count)]
+    return torch.stack(pixels)[turns], torch.stack(masks)[turns]
+
+
 def reads_masks(recipe: Recipe) -> bool:
     """Whether the masks of pictures are used."""
-    return recipe.objective.outside_mask is not None
+    return recipe.objective.outside_mask is not None or recipe.images.masks == "given"
 
 
 def picture_size(recipe: Recipe) -> tuple[int, int]:

@@ -97,10 +97,11 @@ class Run:
     def make_data(self, sources: list[Source]) -> None:
         """The training set and the held-out batches."""
         settings = self.recipe.validation
-        self.sources, validation = held_out(sources, settings.fraction, self.recipe.train.seed)
+        building.check_masks(self.recipe, sources)
+        self.sources, self.validation = held_out(sources, settings.fraction, self.recipe.train.seed)
         self.training = building.make_training_set(self.recipe, self.sources)
         size = self.recipe.train.batch_size
-        self.held_out = building.make_held_out(self.recipe, [validation], settings.count, size)
+        self.held_out = building.make_held_out(self.recipe, [self.validation], settings.count, size)
 
     def make_learning(self) -> None:
         """Attach the adapter, join family and objective in a task, and prepare all for the device."""
@@ -259,7 +260,9 @@ class Run:
             options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance}
             with self.averaged(), self.accelerator.autocast():
                 size: dict[str, Any] = {"height": self.height, "width": self.width}
-                pictures = list(draw_pictures(self.family, settings.prompts, seeds, **size, **options))
+                sources = [self.validation] if self.held_out else self.sources
+                shown = building.make_shown(self.recipe, sources, len(seeds)) if self.family.inpaints else None
+                pictures = list(draw_pictures(self.family, settings.prompts, seeds, **size, **options, shown=shown))
             self.folder.save_samples(self.step, pictures, {"prompts": settings.prompts, "seeds": seeds, **options})
         distributed.barrier()
 

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sdtune.data.images import to_float
 from sdtune.diffusion import draws
 from sdtune.errors import RunError, UsageError
 from sdtune.families.base import Conditioning, Family
+from sdtune.families.inpainting import hidden_and_rest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,6 +46,7 @@ def draw_pictures(
     negative_prompt: str = "",
     batch_size: int | None = None,
     progress: bool = False,
+    shown: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator["Image"]:
     """One picture for each prompt and seed, in order, drawn in batches.
 
@@ -55,11 +58,9 @@ def draw_pictures(
         negative_prompt: what guidance leads away from.
         batch_size: pictures at a time; None chooses by their size.
         progress: show a bar on stderr.
-
-    Raises:
-        UsageError: the model is one for inpainting.
+        shown: for inpainting models: a picture for each prompt, uint8, (N, 3, height, width), and masks, (N, 1, height,
+            width), white where it is to be painted anew; None hides everything, as for text to image.
     """
-    family.require_text_to_image()
     pipeline: Any = family.pipeline()
     pipeline.set_progress_bar_config(disable=not progress)
     network = family.modules[family.denoiser]
@@ -70,6 +71,9 @@ def draw_pictures(
             words = pipeline_words(family, some, "")
             if guidance > 1:
                 words |= pipeline_words(family, [negative_prompt] * len(some), "negative_")
+            if family.inpaints:
+                parts = None if shown is None else (shown[0][start : start + size], shown[1][start : start + size])
+                words |= pipeline_pictures(family, parts, numbers, height, width)
             latents = pipeline(
                 **words,
                 latents=initial_noise(family, numbers, height, width).to(device=network.device, dtype=network.dtype),
@@ -92,6 +96,25 @@ def pipeline_words(family: Family, prompts: list[str], kind: str) -> dict[str, T
     if conditioning.pooled is not None:
         words[f"{kind}pooled_prompt_embeds"] = conditioning.pooled.to(network.dtype)
     return words
+
+
+def pipeline_pictures(
+    family: Family, shown: tuple[Tensor, Tensor] | None, seeds: Sequence[int], height: int, width: int
+) -> dict[str, Any]:
+    """Pictures and masks as an inpainting pipeline's keyword arguments, encoded exactly as in training."""
+    pixels, masks = shown or (
+        torch.full((len(seeds), 3, height, width), 127, dtype=torch.uint8),
+        torch.full((len(seeds), 1, height, width), 255, dtype=torch.uint8),
+    )
+    device, shape = family.modules["vae"].device, family.latent_shape(height, width)
+    posterior = torch.stack([draws.normal(shape, seed, "posterior of the rest") for seed in seeds]).to(device)
+    beside = hidden_and_rest(family, to_float(pixels.to(device)), masks.to(device), posterior)
+    return {
+        "image": pixels / 255,  # only its size is read, for the latents of what is shown are here
+        "mask_image": (masks >= 128).float(),
+        "masked_image_latents": beside[:, 1:],
+        "strength": 1.0,
+    }
 
 
 @contextlib.contextmanager

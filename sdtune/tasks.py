@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sdtune.data.batches import Batch
 from sdtune.data.cache import MemoryCache
 from sdtune.data.images import to_float
+from sdtune.data.random_masks import random_mask
 from sdtune.diffusion import draws
 from sdtune.diffusion.objectives import (
     PLAIN,
@@ -25,6 +26,7 @@ from sdtune.diffusion.objectives import (
 )
 from sdtune.errors import WeightsError
 from sdtune.families.base import Conditioning, Family
+from sdtune.families.inpainting import hidden_and_rest
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,16 @@ class Draws:
         noise: standard normal, (B, C, h, w): what is added to them; None for autoencoding.
         t: timesteps, int64, (B,); None for autoencoding.
         shown: the noise that the network sees where it is not `noise` (input perturbation), (B, C, h, w).
+        hidden: uint8, white is to be painted, (B, 1, H, W); inpainting only.
+        rest: standard normal, (B, C, h, w): which latents stand for what is not hidden; inpainting only.
     """
 
     posterior: Tensor
     noise: Tensor | None = None
     t: Tensor | None = None
     shown: Tensor | None = None
+    hidden: Tensor | None = None
+    rest: Tensor | None = None
 
     def to(self, device: torch.device) -> "Draws":
         """The same on another device."""
@@ -90,14 +96,14 @@ class DenoisingTask:
         family: the model.
         objective: how the answers are judged.
         cache: keep the latents of pictures, and the embeddings of captions when no text encoder learns, in memory.
-
-    Raises:
-        UsageError: the model is one for inpainting.
+            (Not those of pictures with a part hidden: they are encoded at every step.)
+        own_masks: for inpainting: the pictures' own masks say what is hidden; else it is drawn at random.
     """
 
-    def __init__(self, family: Family, *, objective: Objective = PLAIN, cache: bool = True) -> None:
-        family.require_text_to_image()
-        self.family, self.objective = family, objective
+    def __init__(
+        self, family: Family, *, objective: Objective = PLAIN, cache: bool = True, own_masks: bool = False
+    ) -> None:
+        self.family, self.objective, self.own_masks = family, objective, own_masks
         self.modules = family.modules
         self.schedule = family.schedule
         learns = any(p.requires_grad for name in family.text_encoders for p in family.modules[name].parameters())
@@ -130,7 +136,19 @@ class DenoisingTask:
         if self.objective.offset_noise > 0:
             levels = [draws.normal((shape[0], 1, 1), seed, f"{purpose}offset noise", *row) for row in rows]
             noise = offset(noise, torch.stack(levels), self.objective.offset_noise)
-        return Draws(posterior, noise, torch.tensor(t))  # (B, C, h, w), (B, C, h, w), (B,)
+        drawn = Draws(posterior, noise, torch.tensor(t))  # (B, C, h, w), (B, C, h, w), (B,)
+        if not self.family.inpaints:
+            return drawn
+        rest = torch.stack([draws.normal(shape, seed, f"{purpose}posterior of the rest", *row) for row in rows])
+        return replace(drawn, hidden=self.hidden(batch, seed, f"{purpose}mask", rows), rest=rest)
+
+    def hidden(self, batch: Batch, seed: int, purpose: str, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """What is hidden of each picture, (B, 1, H, W); of one without a mask of its own everything."""
+        if not self.own_masks:
+            return torch.stack([random_mask(*batch.frame, seed, purpose, *row) for row in rows])
+        if batch.masks is None:
+            return torch.full((len(batch), 1, *batch.frame), 255, dtype=torch.uint8)
+        return batch.masks
 
     def losses(self, batch: Batch, drawn: Draws) -> Tensor:
         """See `Task.losses`."""
@@ -138,6 +156,10 @@ class DenoisingTask:
         mean, std = self.encode_images(batch)
         x0 = mean + std * drawn.posterior  # (B, C, h, w)
         conditioning = self.family.with_sizes(self.encode_text(batch.captions), sizes(batch))
+        if drawn.hidden is not None and drawn.rest is not None and batch.pixels is not None:
+            with torch.no_grad():
+                beside = hidden_and_rest(self.family, to_float(batch.pixels), drawn.hidden, drawn.rest)
+            conditioning = replace(conditioning, beside=beside)
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             return self.family.predict(x_t, t, conditioning)

@@ -119,8 +119,8 @@ def make_sd(
     return folder
 
 
-def make_sdxl(folder: Path, *, seed: int = 0) -> Path:
-    """A Stable Diffusion XL pipeline folder: text encoders of width 32 and 24."""
+def make_sdxl(folder: Path, *, seed: int = 0, **unet: Any) -> Path:
+    """A Stable Diffusion XL pipeline folder: text encoders of width 32 and 24; `unet` as for `make_sd`."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -129,7 +129,7 @@ def make_sdxl(folder: Path, *, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         tokenizer = make_tokenizer()
         second = text_config(tokenizer, hidden_size=24, projection_dim=20, hidden_act="gelu")
-        unet = UNET | {
+        config = UNET | {
             "cross_attention_dim": 56,
             "transformer_layers_per_block": (1, 2),
             "use_linear_projection": True,
@@ -137,7 +137,7 @@ def make_sdxl(folder: Path, *, seed: int = 0) -> Path:
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 6 * 8 + 20,
         }
-        denoiser, vae = UNet2DConditionModel(**unet), AutoencoderKL(**VAE)
+        denoiser, vae = UNet2DConditionModel(**config | unet), AutoencoderKL(**VAE)
         text_encoder, text_encoder_2 = CLIPTextModel(text_config(tokenizer)), CLIPTextModelWithProjection(second)
         shake(denoiser, vae, text_encoder, text_encoder_2)
     StableDiffusionXLPipeline(
@@ -156,6 +156,16 @@ def make_sdxl(folder: Path, *, seed: int = 0) -> Path:
         ),
         add_watermarker=False,
     ).save_pretrained(folder)
+    return folder
+
+
+def make_inpainting(folder: Path, family: str = "stable-diffusion") -> Path:
+    """A small random model for inpainting of either family, as the Hub has them."""
+    xl = family == "sdxl"
+    (make_sdxl if xl else make_sd)(folder, in_channels=9)
+    index = folder / "model_index.json"
+    name = "StableDiffusionXLInpaintPipeline" if xl else "StableDiffusionInpaintPipeline"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": name}))
     return folder
 
 

@@ -16,13 +16,15 @@ DENOISING_ONLY = (
     "objective",
     "model.clip_skip",
     "model.vae",
+    "model.inpaint",
+    "images.masks",
     "adapter.text_encoder",
     "optimizer.text_encoder_lr",
     "images.caption_dropout",
     "images.max_tokens",
     "validate.samples",
 )
-LOADING_ONLY = ("model.variant", "model.revision", "model.vae", "model.allow_pickle")
+LOADING_ONLY = ("model.inpaint", "model.variant", "model.revision", "model.vae", "model.allow_pickle")
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -142,6 +144,8 @@ def _adapter(recipe: Recipe) -> Iterator[Fault]:
         yield "adapter.kind", f"got '{adapter.kind}', expected full: an autoencoding run trains the whole VAE"
     if adapter.factor < 2 and adapter.factor != -1:
         yield "adapter.factor", f"got {adapter.factor}, expected at least 2, or -1 for near the square root"
+    if recipe.model.inpaint and adapter.kind != "full":
+        yield "model.inpaint", "the new input channels learn with adapter.kind=full only; or take an inpainting base"
     if adapter.targets == [] or isinstance(adapter.targets, str) and adapter.targets not in TARGET_PRESETS:
         expected = f"one of {', '.join(TARGET_PRESETS)}, or a list of module names"
         yield "adapter.targets", f"got {show(adapter.targets)}, expected {expected}"

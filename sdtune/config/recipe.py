@@ -35,6 +35,11 @@ class ModelSettings(Section):
     allow_pickle: bool = Field(
         False, description="Whether base and vae may be pickles (.ckpt, .pt); only tensors are read from them."
     )
+    inpaint: bool = Field(
+        False,
+        description="Make a base of text to image one for inpainting: its UNet gets the input channels for a mask and "
+        "the masked picture, with weights of zero.",
+    )
     clip_skip: int = Field(0, ge=0, description="Layers left out at the end of the text encoder.")
 
 
@@ -139,6 +144,11 @@ class Images(Section):
     flip: bool = Field(False, description="Mirror half of the pictures, drawn anew each epoch.")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="Share of captions that are emptied.")
     max_tokens: Literal[75, 150, 225] = Field(75, description="Tokens of a caption that are read, in chunks of 75.")
+    masks: Literal["random", "given"] | None = Field(
+        None,
+        description="What an inpainting model does not see of a picture: rectangles and strokes at random, or what is "
+        "white in its mask (mask_file_name); null: random. What it sees is encoded at every step, never cached.",
+    )
     background: str = Field("white", description="Colour behind transparent pictures: a name or #rrggbb.")
 
     @field_validator("resolution")

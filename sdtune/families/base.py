@@ -21,11 +21,13 @@ class Conditioning:
         text: token embeddings, (B, L, D).
         pooled: one embedding a caption, (B, P); SDXL only.
         time_ids: original height and width, crop top and left, target height and width in pixels, (B, 6); SDXL only.
+        beside: channels that stand beside the noisy latents (`hidden_and_rest`), (B, 1 + C, h, w); inpainting only.
     """
 
     text: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    beside: Tensor | None = None
 
 
 class Family(Protocol):
@@ -46,6 +48,11 @@ class Family(Protocol):
     tokenizers: Mapping[str, Any]
     max_tokens: int  # of a caption that are read, in chunks of 75
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether the denoiser is given a mask and the masked picture beside the noisy latents."""
+        ...
+
     @classmethod
     def load(cls, base: str, *, parts: Sequence[str] | None = None, **options: Any) -> "Family":
         """Open a diffusers folder, hub id or single file. `parts` limits what is read, e.g. ["vae"].
@@ -62,10 +69,6 @@ class Family(Protocol):
 
     def picture_size(self) -> tuple[int, int]:
         """Height and width, in pixels, of the pictures that the model was made for."""
-        ...
-
-    def require_text_to_image(self) -> None:
-        """Raises UsageError when the denoiser wants more than noisy latents and a caption, as for inpainting."""
         ...
 
     def unread(self, name: str) -> tuple[str, ...]:

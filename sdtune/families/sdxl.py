@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdtune.families.base import Conditioning
+from sdtune.families.inpainting import with_channels
 from sdtune.families.stable_diffusion import StableDiffusion, last_layers
 
 if TYPE_CHECKING:
@@ -93,7 +94,11 @@ class StableDiffusionXL(StableDiffusion):
         """The UNet's answer, (B, C, h, w)."""
         added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids}
         return self.modules["unet"](
-            x_t, t, encoder_hidden_states=conditioning.text, added_cond_kwargs=added, return_dict=False
+            with_channels(x_t, conditioning),
+            t,
+            encoder_hidden_states=conditioning.text,
+            added_cond_kwargs=added,
+            return_dict=False,
         )[0]
 
     def pipeline(self) -> "DiffusionPipeline":

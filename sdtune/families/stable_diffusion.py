@@ -11,6 +11,7 @@ from sdtune.diffusion.schedule import NoiseSchedule
 from sdtune.errors import UsageError, WeightsError
 from sdtune.families import single_file
 from sdtune.families.base import Conditioning
+from sdtune.families.inpainting import masked_channels, with_channels
 from sdtune.families.loading import (
     freeze,
     hub_file,
@@ -212,18 +213,8 @@ class StableDiffusion:
 
     @property
     def inpaints(self) -> bool:
-        """Whether the UNet is given a mask and the masked picture beside the noisy latents."""
+        """See `Family.inpaints`."""
         return self.modules["unet"].config.in_channels == masked_channels(self.modules["vae"].config.latent_channels)
-
-    def require_text_to_image(self) -> None:
-        """See `Family.require_text_to_image`."""
-        if self.inpaints:
-            config = self.modules["unet"].config
-            raise UsageError(
-                f"this is an inpainting model: its UNet takes {config.in_channels} channels (noisy latents, a mask and "
-                "the masked picture), and sdtune has no masks to give it yet. Take a base whose UNet takes "
-                f"{config.out_channels}, such as stable-diffusion-v1-5/stable-diffusion-v1-5"
-            )
 
     # --- what the loop asks -----------------------------------------------------------------------------------------
 
@@ -304,7 +295,9 @@ class StableDiffusion:
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The UNet's answer, (B, C, h, w)."""
-        return self.modules["unet"](x_t, t, encoder_hidden_states=conditioning.text, return_dict=False)[0]
+        return self.modules["unet"](
+            with_channels(x_t, conditioning), t, encoder_hidden_states=conditioning.text, return_dict=False
+        )[0]
 
     # --- handing it on ----------------------------------------------------------------------------------------------
 
@@ -347,11 +340,6 @@ class StableDiffusion:
         self.sampler().save_pretrained(folder / "scheduler")
         pipeline: Any = self.pipeline()
         pipeline.save_config(folder)  # model_index.json
-
-
-def masked_channels(latent_channels: int) -> int:
-    """What an inpainting UNet takes: noisy latents, a mask of one channel, the latents of the masked picture."""
-    return 2 * latent_channels + 1
 
 
 def last_layers(text_encoder: Any, count: int) -> tuple[str, ...]:
