@@ -10,7 +10,9 @@ from sdtune.adapters import SETTINGS, adapter_class
 from sdtune.adapters.base import Adapter
 from sdtune.config import DataSource, ModelSettings, Recipe, resolve_asset
 from sdtune.data.batches import Batch, collate
+from sdtune.data.buckets import Buckets, Size, default_step
 from sdtune.data.dataset import TrainingSet, validation_examples
+from sdtune.data.examples import Example
 from sdtune.data.sources import Source, load_source
 from sdtune.diffusion.objectives import Objective
 from sdtune.errors import DataError, UsageError
@@ -186,27 +188,63 @@ def make_source(recipe: Recipe, settings: DataSource) -> Source:
     )
 
 
-def make_training_set(recipe: Recipe, sources: Sequence[Source]) -> TrainingSet:
-    """The samples of a run."""
+def make_buckets(recipe: Recipe, factor: int) -> Buckets | None:
+    """The sizes that pictures may have; None where all have one.
+
+    Args:
+        factor: how many pixels lie along the side of a latent.
+
+    Raises:
+        UsageError: a size would have no whole number of latents.
+    """
+    settings, (height, width) = recipe.images, picture_size(recipe)
+    if not settings.buckets:
+        return None
+    step = settings.bucket_step or default_step(height, width, factor)
+    if step % factor:
+        raise UsageError(
+            f"images.bucket_step: got {step}, but a latent of this VAE stands for {factor} x {factor} pixels; expected "
+            f"a multiple of {factor}"
+        )
+    return Buckets(height, width, step, settings.bucket_aspect, settings.upscale)
+
+
+def make_training_set(
+    recipe: Recipe, sources: Sequence[Source], buckets: Buckets | None = None, processes: int = 1
+) -> TrainingSet:
+    """The samples of a run of so many processes."""
     height, width = picture_size(recipe)
     return TrainingSet(
         sources,
         height=height,
         width=width,
+        buckets=buckets,
+        together=recipe.train.batch_size * recipe.train.accumulate * processes,
         crop=recipe.images.crop,
         flip=recipe.images.flip,
         caption_dropout=recipe.images.caption_dropout,
+        tag_shuffle=recipe.images.tag_shuffle,
+        keep_tags=recipe.images.keep_tags,
         seed=recipe.train.seed,
         background=recipe.images.background,
         masks=reads_masks(recipe),
     )
 
 
-def make_held_out(recipe: Recipe, sources: Sequence[Source], count: int, batch_size: int) -> list[Batch]:
-    """Batches of at most `count` pictures, as they are measured: without chance."""
+def make_held_out(
+    recipe: Recipe, sources: Sequence[Source], count: int, batch_size: int, buckets: Buckets | None = None
+) -> list[Batch]:
+    """Batches of at most `count` pictures, as they are measured: without chance, each of one size."""
     masks = reads_masks(recipe)
-    examples = validation_examples(sources, *picture_size(recipe), count, recipe.images.background, masks)
-    return [collate([[e] for e in examples[i : i + batch_size]]) for i in range(0, len(examples), batch_size)]
+    examples = validation_examples(sources, *picture_size(recipe), count, recipe.images.background, masks, buckets)
+    frames: dict[Size, list[Example]] = {}
+    for example in examples:
+        frames.setdefault(example.frame, []).append(example)
+    return [
+        collate([[example] for example in some[first : first + batch_size]])
+        for some in frames.values()
+        for first in range(0, len(some), batch_size)
+    ]
 
 
 def check_masks(recipe: Recipe, sources: Sequence[Source]) -> None:

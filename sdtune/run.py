@@ -14,6 +14,7 @@ from sdtune import building, checkpoint, distributed
 from sdtune.config import DataSource, Recipe, dump, load
 from sdtune.config.memory_checks import needs_bitsandbytes
 from sdtune.data.batches import batches
+from sdtune.data.buckets import Bucket, bucket_table, table_lines
 from sdtune.data.dataset import held_out
 from sdtune.data.sources import Source, fingerprint
 from sdtune.data.survey import survey
@@ -49,6 +50,7 @@ class Run:
         sources = survey(sources, building.reads_masks(recipe))
         self.family = building.make_family(recipe)
         building.check_size(self.family, self.height, self.width)
+        self.buckets = building.make_buckets(recipe, self.family.factor)
         self.make_learning()
         drawn = [settings for settings in recipe.data if settings.generate]
         early = bool(drawn) and not resume  # drawing takes long; a run that is stopped there can be resumed
@@ -64,18 +66,31 @@ class Run:
             self.restore()
         if not early:
             self.start()
+        if self.buckets is not None and distributed.is_main():
+            self.folder.save_buckets(self.bucket_table())
+            print("\n".join(table_lines(self.bucket_table())), file=sys.stderr)
 
     # --- getting ready ----------------------------------------------------------------------------------------------
 
     def same(self) -> dict[str, Any]:
         """What must be the same on resume, for the order of the samples follows from it."""
         settings = self.recipe.train
-        return {
+        facts = {
             "samples a step (train.batch_size x train.accumulate x processes)": (
                 settings.batch_size * settings.accumulate * distributed.world()
             ),
             "pictures and captions": fingerprint(self.sources),
         }
+        if self.buckets is not None:
+            sizes = [f"{each.pictures} of {each.width} x {each.height}" for each in self.bucket_table()]
+            facts["pictures of each size"] = ", ".join(sizes)
+        return facts
+
+    def bucket_table(self) -> list[Bucket]:
+        """The sizes that the instance pictures are trained in."""
+        assert self.buckets is not None
+        pictures = [picture for source in self.sources if source.role == "instance" for picture in source.pictures]
+        return bucket_table(self.buckets, [picture.size for picture in pictures if picture.size is not None])
 
     def start(self) -> None:
         """Make the run folder."""
@@ -99,9 +114,9 @@ class Run:
         settings = self.recipe.validation
         building.check_masks(self.recipe, sources)
         self.sources, self.validation = held_out(sources, settings.fraction, self.recipe.train.seed)
-        self.training = building.make_training_set(self.recipe, self.sources)
+        self.training = building.make_training_set(self.recipe, self.sources, self.buckets, distributed.world())
         size = self.recipe.train.batch_size
-        self.held_out = building.make_held_out(self.recipe, [self.validation], settings.count, size)
+        self.held_out = building.make_held_out(self.recipe, [self.validation], settings.count, size, self.buckets)
 
     def make_learning(self) -> None:
         """Attach the adapter, join family and objective in a task, and prepare all for the device."""
@@ -219,7 +234,7 @@ class Run:
         from sdtune.report import write_report
 
         if isinstance(self.task, AutoencodingTask) and self.scale_is_open():
-            examples = building.make_held_out(self.recipe, self.sources, count=512, batch_size=1)
+            examples = building.make_held_out(self.recipe, self.sources, 512, 1, self.buckets)
             with self.averaged():
                 self.task.set_scaling_factor([batch.to(self.accelerator.device) for batch in examples])
         if distributed.is_main():

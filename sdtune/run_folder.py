@@ -1,6 +1,7 @@
 """The folder of a run: what stands where, written so that a reader never meets half a file.
 
 run.yaml  environment.json  metrics.jsonl  samples/step-000100/  checkpoints/step-000100/  final/  report.html
+buckets.json, where pictures are trained in several sizes
 """
 
 import json
@@ -9,12 +10,14 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtune import distributed
 from sdtune.checkpoint import all_checkpoints, write_text, written_aside
+from sdtune.data.buckets import Bucket
 from sdtune.errors import RunError
 
 if TYPE_CHECKING:
@@ -74,6 +77,10 @@ class RunFolder:
                 raise
             message = f"'{self.path}' could not be made ({fault.strerror}); choose another place with output.dir=FOLDER"
             raise RunError(message) from fault
+
+    def save_buckets(self, table: Sequence[Bucket]) -> None:
+        """Write buckets.json: the sizes in which pictures are trained, and how many have each."""
+        write_text(self.path / "buckets.json", json.dumps([asdict(each) for each in table], indent=2) + "\n")
 
     def remove(self) -> None:
         """Take away a folder in which nothing was begun."""

@@ -249,7 +249,7 @@ class AutoencodingTask:
         """
         vae = self.modules["vae"]
         pixels = [to_float(batch.pixels) for batch in batches if batch.pixels is not None]
-        latents = torch.cat([vae.encode(some).latent_dist.mean.float().cpu() for some in pixels])
+        latents = torch.cat([vae.encode(some).latent_dist.mean.float().cpu().flatten() for some in pixels])
         factor = 1.0 / latents.std().item()
         vae.register_to_config(scaling_factor=factor)
         return factor

@@ -110,6 +110,9 @@ def test_the_message_reads_as_in_the_style_page(bare: Path) -> None:
         ("train.ema=1.5", "train.ema", "got 1.5, expected a number greater than 0 and less than 1 or null"),
         ("images.max_tokens=77", "images.max_tokens", "got 77, expected one of 75, 150, 225"),
         ("images.resolution=[64]", "images.resolution", "got [64], expected a multiple of 8, or [height, width]"),
+        ("images.bucket_step=64", "images.bucket_step", "is read with images.buckets: true only; remove it"),
+        ("images.upscale=true", "images.upscale", "is read with images.buckets: true only; remove it"),
+        ("images.keep_tags=1", "images.keep_tags", "is read with images.tag_shuffle: true only; remove it"),
         ("validate.every=5", "validate.every", "there is nothing to measure"),
         ("validate.samples={}", "validate.samples.prompts", "missing; expected a list of texts (at least 1)"),
         ("validate.samples={prompts: [a], steps: 1001}", "validate.samples.steps", "got 1001, expected a whole number"),
@@ -126,6 +129,18 @@ def test_each_fault_says_what_to_do(bare: Path, override: str, key: str, what: s
 def test_full_training_has_no_rank(bare: Path) -> None:
     found = faults(bare, "adapter.kind=full", "adapter.rank=4")
     assert found == {"adapter.rank": "is read by adapter.kind: lora, rslora, dora, lokr, loha only; remove it"}
+
+
+def test_buckets_fit_the_resolution(bare: Path) -> None:
+    images = ["images.buckets=true", "images.resolution=[512, 1536]", "images.bucket_step=48"]
+    found = faults(bare, *images)
+    assert found["images.bucket_step"] == (
+        "got 48, but images.resolution is 512 x 1536; expected a number that divides it"
+    )
+    assert found["images.bucket_aspect"] == (
+        "got 2, but the sides of images.resolution are as 1 to 3; expected at least that"
+    )
+    load(bare, [*images[:2], "images.bucket_step=64", "images.bucket_aspect=3.0"])
 
 
 def test_an_autoencoder_has_no_text(bare: Path) -> None:

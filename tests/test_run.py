@@ -150,8 +150,9 @@ def test_fp16_is_refused_without_a_gpu(sd: Path, photos: Path, tmp_path: Path) -
     [
         {"adapter": FULL | {"text_encoder": True}, "train": {"steps": 6, "ema": 0.9}},
         {"adapter": {"kind": "lora", "text_encoder": True}, "images": {"flip": True, "crop": "random"}},
+        {"images": {"flip": True, "crop": "random", "resolution": 32, "buckets": True, "tag_shuffle": True}},
     ],
-    ids=["full with ema", "lora"],
+    ids=["full with ema", "lora", "buckets"],
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(sd: Path, tmp_path: Path, sections: dict[str, Any]) -> None:
     common = {
@@ -416,6 +417,9 @@ def test_a_resolution_without_whole_latents_is_refused(tmp_path: Path, photos: P
         images={"resolution": [64, 72]},
     )  # fmt: skip
     with pytest.raises(UsageError, match="got 64 x 72, but a latent of this VAE stands for 16 x 16 pixels"):
+        Run(recipe)
+    recipe.images.resolution, recipe.images.buckets, recipe.images.bucket_step = 64, True, 8
+    with pytest.raises(UsageError, match=r"bucket_step: got 8, .* stands for 16 x 16 pixels; expected a multiple"):
         Run(recipe)
 
 

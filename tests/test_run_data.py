@@ -1,12 +1,16 @@
 """What a run does about its pictures: refused before anything is made, and read no further than its last step."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from sdtune.config import DataSource
-from sdtune.errors import DataError
+from sdtune.data.metadata import read_rows, write_rows
+from sdtune.errors import DataError, RunError
 from sdtune.run import Run
 from tests.factories import make_photos, make_recipe
 
@@ -40,3 +44,75 @@ def test_nothing_is_read_ahead_of_the_last_step(sd: Path, photos: Path, tmp_path
     run.training = Noting()  # type: ignore[assignment]
     run.complete()
     assert asked.read_text().split() == ["0", "1"]
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Path:
+    """Pictures of three shapes, wide ones with a mask."""
+    folder = make_photos(tmp_path / "masked", 4, size=(120, 60))
+    rows = read_rows(folder)
+    for row in rows:
+        row["mask_file_name"] = f"masks/{row['file_name']}"
+        mask = np.zeros((60, 120), np.uint8)
+        mask[10:50, 20:60] = 255
+        (folder / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(folder / row["mask_file_name"])
+    for number, size in enumerate([(60, 120), (80, 80), (40, 50)]):
+        Image.effect_noise(size, 80).save(folder / f"more{number}.png")
+        rows.append({"file_name": f"more{number}.png", "text": "noise, grey, fine"})
+    write_rows(folder, rows)
+    return folder
+
+
+def test_buckets_and_masks_from_end_to_end(masked: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
+    recipe = make_recipe(
+        "tiny",
+        masked,
+        tmp_path / "run",
+        objective={"outside_mask": 0.1},
+        images={"buckets": True, "crop": "random", "flip": True, "tag_shuffle": True, "keep_tags": 1},
+        data=[{"path": str(masked)}, {"path": str(photos), "role": "class", "prompt": "a dog"}],
+        train={"steps": 4, "batch_size": 2},
+        validate={"every": 4, "fraction": 0.3, "count": 8, "samples": {"prompts": ["noise"], "steps": 1}},
+    )
+    run = Run(recipe)
+    said = capsys.readouterr().err
+    infos = list(run.steps())
+    run.finish()
+    assert len(infos) == 4 and all(np.isfinite(info.loss) for info in infos)
+    table = json.loads((run.folder.path / "buckets.json").read_text())
+    assert all(f"{each['width']} x {each['height']}" in said for each in table)
+    learnt = sum(len(source.pictures) for source in run.sources if source.role == "instance")
+    assert sum(each["pictures"] for each in table) == learnt < 7
+    assert {(each["height"], each["width"]) for each in table} <= {(48, 80), (80, 48), (64, 64), (48, 40)}
+    frames = {batch.frame for batch in run.held_out}
+    assert sum(len(batch) for batch in run.held_out) == 7 - learnt and len(frames) == len(run.held_out)
+    with Image.open(run.folder.path / "samples" / "step-000004" / "00.png") as sample:
+        assert sample.size == (64, 64)  # samples keep images.resolution
+
+
+def test_masks_change_what_is_learned(masked: Path, tmp_path: Path) -> None:
+    losses = []
+    for weight in (None, 1.0, 0.0):
+        run = Run(make_recipe("tiny", masked, tmp_path / str(weight), objective={"outside_mask": weight}))
+        losses.append(next(run.steps()).loss)
+    assert losses[0] == pytest.approx(losses[1]) and losses[0] != pytest.approx(losses[2])
+
+
+def test_a_mask_of_another_shape_is_refused_where_masks_are_used(masked: Path, tmp_path: Path) -> None:
+    Image.new("L", (60, 120)).save(masked / "masks" / "1.png")
+    Run(make_recipe("tiny", masked, tmp_path / "without"))
+    with pytest.raises(DataError, match=r"1 mask is of another shape than the picture: .*masks/1\.png is 60 x 120"):
+        Run(make_recipe("tiny", masked, tmp_path / "run", objective={"outside_mask": 0.0}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_pictures_have_other_sizes_does_not_go_on(masked: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        "tiny", masked, tmp_path / "run", images={"buckets": True}, output={"checkpoint_every": 1}, train={"steps": 2}
+    )
+    next(Run(recipe).steps())
+    with Image.open(masked / "0.png") as picture:
+        picture.resize((90, 90)).save(masked / "0.png")
+    with pytest.raises(RunError, match=r"pictures of each size: .*4 of 80 x 48.* then, .*3 of 80 x 48.* now"):
+        Run(recipe, resume=True)

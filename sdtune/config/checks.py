@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sdtune.config.memory_checks import is_installed, optimizer, unread_by_optimizer
 from sdtune.config.messages import Fault, nearest, show
-from sdtune.config.recipe import TARGET_PRESETS, DataSource, Recipe, Section
+from sdtune.config.recipe import TARGET_PRESETS, DataSource, Images, Recipe, Section
 from sdtune.config.shipped import TINY, resolve_asset
 from sdtune.hub_access import looks_like_hub_id
 
@@ -21,9 +21,12 @@ DENOISING_ONLY = (
     "adapter.text_encoder",
     "optimizer.text_encoder_lr",
     "images.caption_dropout",
+    "images.tag_shuffle",
+    "images.keep_tags",
     "images.max_tokens",
     "validate.samples",
 )
+BUCKETS_ONLY = ("images.bucket_step", "images.bucket_aspect", "images.upscale")
 LOADING_ONLY = ("model.inpaint", "model.variant", "model.revision", "model.vae", "model.allow_pickle")
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -49,6 +52,10 @@ def unused_keys(recipe: Recipe) -> dict[str, str]:
             keys["objective.huber_delta"] = "is read by objective.loss: huber only; remove it"
     keys |= _unread_by(recipe.adapter.kind)
     keys |= unread_by_optimizer(recipe)
+    if not recipe.images.buckets:
+        keys |= dict.fromkeys(BUCKETS_ONLY, "is read with images.buckets: true only; remove it")
+    if not recipe.images.tag_shuffle:
+        keys.setdefault("images.keep_tags", "is read with images.tag_shuffle: true only; remove it")
     if recipe.model.from_config is not None:
         keys |= dict.fromkeys(LOADING_ONLY, "is read with model.base only; remove it")
     return keys
@@ -238,6 +245,19 @@ def _images(recipe: Recipe) -> Iterator[Fault]:
         ImageColor.getrgb(recipe.images.background)
     except ValueError:
         yield "images.background", f"got '{recipe.images.background}', expected a colour such as white or '#808080'"
+    if recipe.images.buckets:
+        yield from _buckets(recipe.images)
+
+
+def _buckets(images: Images) -> Iterator[Fault]:
+    sides = [images.resolution] if isinstance(images.resolution, int) else images.resolution
+    step, most = images.bucket_step, max(sides) / min(sides)
+    if step is not None and any(side % step for side in sides):
+        got = " x ".join(map(str, sides))
+        yield "images.bucket_step", f"got {step}, but images.resolution is {got}; expected a number that divides it"
+    if most > images.bucket_aspect:
+        what = f"got {images.bucket_aspect:g}, but the sides of images.resolution are as 1 to {most:.3g}"
+        yield "images.bucket_aspect", f"{what}; expected at least that"
 
 
 def _trackers(recipe: Recipe) -> Iterator[Fault]:

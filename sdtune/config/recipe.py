@@ -142,7 +142,17 @@ class Images(Section):
     resolution: int | list[int] = Field(512, description="Side of the training crop, or [height, width], in pixels.")
     crop: Literal["center", "random"] = Field("center", description="Where the crop is taken.")
     flip: bool = Field(False, description="Mirror half of the pictures, drawn anew each epoch.")
+    buckets: bool = Field(
+        False, description="Train pictures in several shapes of about the resolution's area: less is cut away."
+    )
+    bucket_step: int | None = Field(
+        None, ge=8, multiple_of=8, description="Sides of these shapes are multiples of it; null: 64, less below 512 px."
+    )
+    bucket_aspect: float = Field(2.0, ge=1, description="Longest side of these shapes, in shorter sides.")
+    upscale: bool = Field(False, description="Enlarge pictures that are too small for the area, with buckets.")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="Share of captions that are emptied.")
+    tag_shuffle: bool = Field(False, description="Captions are tags with commas between: shuffle them each time.")
+    keep_tags: int = Field(0, ge=0, description="How many of the first tags stay where they are.")
     max_tokens: Literal[75, 150, 225] = Field(75, description="Tokens of a caption that are read, in chunks of 75.")
     masks: Literal["random", "given"] | None = Field(
         None,

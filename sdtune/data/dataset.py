@@ -2,22 +2,24 @@
 
 Sample `number` of a run is a pure function of the number: `training_set[number]` is the same picture, crop, flip and
 caption in any process, worker and order of asking. Which numbers a step takes is `sample_numbers`; a run goes on after
-a stop by asking for the next numbers.
+a stop by asking for the next numbers. Which picture a number stands for is said in `order.py`.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from sdtune.data import images
+from sdtune.data.buckets import Buckets, Size
 from sdtune.data.examples import Example, pixel_key, read_mask, read_resized
 from sdtune.data.images import Crop
+from sdtune.data.order import InBuckets, Shuffled
 from sdtune.data.picture import Picture
 from sdtune.data.sources import Source
+from sdtune.data.tags import shuffle_tags
 from sdtune.diffusion import draws
 from sdtune.errors import DataError
 
@@ -31,10 +33,14 @@ class TrainingSet:
 
     Args:
         sources: of the roles "instance" and "class".
-        height, width: of the pictures, in pixels.
+        height, width: of the pictures, in pixels, where there are no buckets.
+        buckets: the sizes that pictures may have; of `survey`ed sources. A class picture has that of its instance.
+        together: samples of an optimizer step, of all processes and micro-batches; with buckets they have one size.
         crop: "center" or "random".
         flip: mirror half of the samples.
         caption_dropout: share of captions replaced by "", in [0, 1].
+        tag_shuffle: captions are lists of tags, in a new order each time.
+        keep_tags: how many of the first tags stay where they are.
         seed: of the run.
         background: what shows through transparent pictures.
         masks: read them, where pictures have one.
@@ -49,23 +55,32 @@ class TrainingSet:
         *,
         height: int,
         width: int,
+        buckets: Buckets | None = None,
+        together: int = 1,
         crop: Crop = "center",
         flip: bool = False,
         caption_dropout: float = 0.0,
+        tag_shuffle: bool = False,
+        keep_tags: int = 0,
         seed: int = 0,
         background: str = "white",
         masks: bool = False,
     ) -> None:
-        self.height, self.width, self.crop, self.flip = height, width, crop, flip
+        self.crop, self.flip, self.tag_shuffle, self.keep_tags = crop, flip, tag_shuffle, keep_tags
         self.caption_dropout, self.seed, self.background, self.masks = caption_dropout, seed, background, masks
         self._instances = _rows(sources, "instance")
         self._classes = _rows(sources, "class")
-        self._kept: dict[tuple[str, str, str], Any] = {}
+        self._kept: dict[tuple[str, str, str, Size], Any] = {}
         self._bytes_kept = 0
         if not self._instances:
             raise DataError("there are no instance pictures to learn; add a source with pictures to data.")
         if not self._classes and any(source.role == "class" for source in sources):
             raise DataError("the class sources hold no pictures; let them be drawn with: data.N.generate=200")
+        self._frames = [frame_of(picture, height, width, buckets) for picture, _ in self._instances]
+        self._order: InBuckets | Shuffled = Shuffled(len(self._instances), seed, "instance order")
+        if buckets is not None:
+            self._order = InBuckets(self._frames, together, seed)
+        self._class_order = Shuffled(len(self._classes), seed, "class order")
 
     def __len__(self) -> int:
         """Samples of an epoch: the instance pictures, repeats counted."""
@@ -79,24 +94,26 @@ class TrainingSet:
         """
         if number < 0:
             raise IndexError(f"samples are numbered from 0, got {number}")
-        examples = [self._example(self._instances, number, "instance")]
+        row = self._order[number]
+        frame = self._frames[row]
+        examples = [self._example(*self._instances[row], frame, number, "instance")]
         if self._classes:
-            examples.append(self._example(self._classes, number, "class"))
+            row = self._class_order[number]
+            examples.append(self._example(*self._classes[row], frame, number, "class"))
         return examples
 
-    def _example(self, rows: list[tuple[Picture, float]], number: int, role: str) -> Example:
-        epoch, position = divmod(number, len(rows))
-        picture, weight = rows[_order(len(rows), self.seed, f"{role} order", epoch)[position]]
-        seed, height, width = self.seed, self.height, self.width
-
-        pixels, original = self._resize(picture)  # (3, h, w)
+    def _example(self, picture: Picture, weight: float, frame: Size, number: int, role: str) -> Example:
+        seed, (height, width) = self.seed, frame
+        pixels, original = self._resize(picture, frame)  # (3, h, w)
         offset = (draws.uniform(seed, f"{role} across", number), draws.uniform(seed, f"{role} down", number))
         top, left = images.place(pixels, height, width, self.crop, offset)
         flip = self.flip and draws.uniform(seed, f"{role} flip", number) < 0.5
         caption = picture.captions[draws.integer(len(picture.captions), seed, f"{role} caption", number)]
+        if self.tag_shuffle:
+            caption = shuffle_tags(caption, self.keep_tags, seed, f"{role} tags", number)
         if draws.uniform(seed, f"{role} dropout", number) < self.caption_dropout:
             caption = ""
-        mask = self._mask(picture, pixels.shape[1], pixels.shape[2]) if self.masks else None
+        mask = self._mask(picture, (pixels.shape[1], pixels.shape[2])) if self.masks else None
         seen_left = pixels.shape[2] - width - left if flip else left  # in a mirrored picture, counted from its left
         return Example(
             pixels=images.cut(pixels, height, width, top, left, flip),
@@ -106,29 +123,29 @@ class TrainingSet:
             number=number,
             key=pixel_key(picture, height, width, top, left, flip),
             size=(*original, top, seen_left),
-            frame=(height, width),
+            frame=frame,
             mask=None if mask is None else images.cut(mask, height, width, top, left, flip),
         )
 
-    def _resize(self, picture: Picture) -> tuple[Tensor, tuple[int, int]]:
+    def _resize(self, picture: Picture, frame: Size) -> tuple[Tensor, Size]:
         """As `read_resized`."""
-        key = ("picture", picture.origin, picture.name)
+        key = ("picture", picture.origin, picture.name, frame)
         if key not in self._kept:
-            resized = read_resized(picture, self.height, self.width, self.background)
+            resized = read_resized(picture, *frame, self.background)
             self._keep(key, resized, resized[0].nbytes)
             return resized
         return self._kept[key]
 
-    def _mask(self, picture: Picture, height: int, width: int) -> Tensor | None:
+    def _mask(self, picture: Picture, resized: Size) -> Tensor | None:
         """As `read_mask`."""
-        key = ("mask", picture.origin, picture.name)
+        key = ("mask", picture.origin, picture.name, resized)
         if key not in self._kept:
-            mask = read_mask(picture, height, width)
+            mask = read_mask(picture, *resized)
             self._keep(key, mask, 0 if mask is None else mask.nbytes)
             return mask
         return self._kept[key]
 
-    def _keep(self, key: tuple[str, str, str], value: Any, size: int) -> None:
+    def _keep(self, key: tuple[str, str, str, Size], value: Any, size: int) -> None:
         """Remember what was read, while there is room, so that small sets are decoded once."""
         worker = get_worker_info()
         if self._bytes_kept + size <= MEMORY // (worker.num_workers if worker else 1):
@@ -174,8 +191,11 @@ def validation_examples(
     count: int,
     background: str = "white",
     masks: bool = False,
+    buckets: Buckets | None = None,
 ) -> list[Example]:
     """At most `count` pictures, evenly spread over the sources: centre crop, no flip, first caption, no dropout.
+
+    With `buckets`, each has its own size.
 
     Raises:
         DataError: a picture cannot be read.
@@ -185,23 +205,33 @@ def validation_examples(
     chosen = [pictures[index * len(pictures) // count] for index in range(count)]
     examples = []
     for number, picture in enumerate(chosen):
-        pixels, original = read_resized(picture, height, width, background)  # (3, h, w)
-        top, left = images.place(pixels, height, width, "center", (0.5, 0.5))
+        frame = frame_of(picture, height, width, buckets)
+        pixels, original = read_resized(picture, *frame, background)  # (3, h, w)
+        top, left = images.place(pixels, *frame, "center", (0.5, 0.5))
         mask = read_mask(picture, pixels.shape[1], pixels.shape[2]) if masks else None
         examples.append(
             Example(
-                pixels=images.cut(pixels, height, width, top, left, flip=False),
+                pixels=images.cut(pixels, *frame, top, left, flip=False),
                 caption=picture.captions[0],
                 weight=picture.weight,
                 instance=True,
                 number=number,
-                key=pixel_key(picture, height, width, top, left, flip=False),
+                key=pixel_key(picture, *frame, top, left, flip=False),
                 size=(*original, top, left),
-                frame=(height, width),
-                mask=None if mask is None else images.cut(mask, height, width, top, left, flip=False),
+                frame=frame,
+                mask=None if mask is None else images.cut(mask, *frame, top, left, flip=False),
             )
         )
     return examples
+
+
+def frame_of(picture: Picture, height: int, width: int, buckets: Buckets | None) -> Size:
+    """Height and width that a picture has in training. Raises ValueError where buckets ask for a size not yet known."""
+    if buckets is None:
+        return height, width
+    if picture.size is None:
+        raise ValueError(f"the size of {picture.name} is not known; pass the sources through survey() first")
+    return buckets.size_for(picture.size)
 
 
 def _rows(sources: Sequence[Source], role: str) -> list[tuple[Picture, float]]:
@@ -213,8 +243,3 @@ def _rows(sources: Sequence[Source], role: str) -> list[tuple[Picture, float]]:
         for picture in source.pictures
         for _ in range(source.repeats)
     ]
-
-
-@lru_cache(maxsize=8)
-def _order(n: int, seed: int, purpose: str, epoch: int) -> list[int]:
-    return draws.permutation(n, seed, purpose, epoch)

@@ -45,15 +45,17 @@ def write(recipe: Any, file: Path) -> Path:
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_two_processes_are_one_with_twice_the_batch(sd: Path, tmp_path: Path, kind: str) -> None:
     make_photos(tmp_path / "a", 3)
+    make_photos(tmp_path / "wide", 3, size=(100, 60))
     make_photos(tmp_path / "class", 4, captions=False)
     common: dict[str, Any] = {
         "model": {"clip_skip": 1},  # then a layer of the text encoder gets no gradient
         "adapter": {"kind": kind, "text_encoder": True},
         "data": [
             {"path": str(tmp_path / "a")},
+            {"path": str(tmp_path / "wide")},
             {"path": str(tmp_path / "class"), "role": "class", "prompt": "a dog", "weight": 0.4},
         ],
-        "images": {"resolution": 64, "flip": True, "caption_dropout": 0.3},
+        "images": {"resolution": 64, "flip": True, "caption_dropout": 0.3, "buckets": kind == "lora"},
         "validate": {"every": 2, "fraction": 0.3},
     }
     train = {"steps": 4, "batch_size": 2, "seed": 5, "ema": 0.9}
