@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_tools.caption_folder import check_place, joined, no_pictures, read_folder
 from data_tools.caption_journal import Journal
+from data_tools.caption_places import places
 from data_tools.caption_result import finish
 from data_tools.caption_settings import FORMATS, Settings
 from sdtune import distributed
@@ -111,11 +112,14 @@ def _run(
         target = source if place == folder else read_folder(place)
         if not source.pictures and not source.bad_names:
             raise no_pictures(folder)
+        where = places(source, target, kind)
         if distributed.is_main():
-            check_place(source, target, kind)
+            check_place(source, target, kind, where.files(kind))
             origin = None if place == folder else str(folder.resolve())
             journal.prepare({**asdict(wanted), "pictures": origin}, wanted)
-    whole = joined(source, target)
+            if where.unseen:
+                print(_unseen(where.unseen, folder), file=sys.stderr)
+    whole = joined(source, target, where.renamed)
     done, _ = journal.finished()
     distributed.barrier()  # all have read, now any may write
     todo = [name for name in source.pictures if name not in done and (wanted.overwrite or not whole.texts(name))]
@@ -123,7 +127,7 @@ def _run(
         mine = todo[distributed.rank() :: distributed.world()]
         _caption(mine, folder, wanted, journal, batch_size, workers, among=len(source.pictures))
     distributed.barrier()
-    return finish(source, whole, place, kind, wanted, journal) if distributed.is_main() else {}
+    return finish(source, whole, place, where, kind, wanted, journal) if distributed.is_main() else {}
 
 
 # --- captioning -------------------------------------------------------------------------------------------------------
@@ -249,6 +253,14 @@ def _main_first() -> Iterator[None]:
     yield
     if main:
         distributed.barrier()
+
+
+def _unseen(names: Sequence[str], folder: Path) -> str:
+    return (
+        f"{len(names)} pictures, such as '{names[0]}', have a name that HF datasets takes for a split, and it will not "
+        "find the captions beside them; sdtune train does. For datasets rename them, or write a new folder with: "
+        f"sdtune caption {folder} --out {folder}-captioned"
+    )
 
 
 def _summary(result: dict[str, Any]) -> str:

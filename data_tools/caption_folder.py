@@ -2,17 +2,15 @@
 
 import csv
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from data_tools.caption_journal import PLACE
-from data_tools.caption_settings import FORMATS
-from sdtune.data.metadata import PICTURE_SUFFIXES, is_picture, list_files, read_rows
+from sdtune.data.metadata import METADATA_FILES, PICTURE_SUFFIXES, is_picture, list_files, read_rows
 from sdtune.errors import DataError, UsageError
 
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 REPORT = "captions.json"
 Row = dict[str, Any]
 
@@ -26,6 +24,7 @@ class Folder:
         pictures: their names, sorted, relative to it, with forward slashes.
         metadata: names of the files that describe them.
         rows: what those say, by picture, in their order.
+        masks: names of what rows name beside a picture.
         sidecars: the lines of each picture's .txt, of those that have one.
         bad_names: pictures that cannot be named in metadata.jsonl, and why.
     """
@@ -34,6 +33,7 @@ class Folder:
     pictures: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     rows: dict[str, list[Row]] = field(default_factory=dict)
+    masks: list[str] = field(default_factory=list)
     sidecars: dict[str, list[str]] = field(default_factory=dict)
     bad_names: dict[str, str] = field(default_factory=dict)
 
@@ -63,6 +63,8 @@ def read_folder(path: Path, without: Path | None = None) -> Folder:
             folder.rows.setdefault(row["file_name"], []).append(row)
     others = {value for rows in folder.rows.values() for row in rows for _, value in other_files(row)}
     for name in files:
+        if name in others:
+            folder.masks.append(name)
         if not is_picture(name) or name in others:
             continue
         if reason := _bad_name(name):
@@ -74,12 +76,12 @@ def read_folder(path: Path, without: Path | None = None) -> Folder:
     return folder
 
 
-def check_place(source: Folder, target: Folder, kind: str) -> None:
+def check_place(source: Folder, target: Folder, kind: str, files: Sequence[str]) -> None:
     """Whether the result can be written where it is wanted.
 
     Args:
         source: the pictures. target: where the captions go, the same object if they stay beside the pictures.
-        kind: format of the captions.
+        kind: format of the captions. files: names of those that will hold them.
 
     Raises:
         UsageError: there is metadata of another kind, or a folder with other things.
@@ -94,7 +96,7 @@ def check_place(source: Folder, target: Folder, kind: str) -> None:
             f"--out: '{out}' has things in it that do not come from sdtune caption; expected a new or empty folder, or "
             "the result of an earlier run"
         )
-    if others := [name for name in target.metadata if name != FORMATS[kind]]:
+    if others := [name for name in target.metadata if name not in files]:
         raise UsageError(
             f"'{out / others[0]}' has captions already, and a second kind of file beside it would be taken for more "
             "pictures; name a new folder with --out: it will hold those captions too"
@@ -109,12 +111,17 @@ def check_place(source: Folder, target: Folder, kind: str) -> None:
                 )
 
 
-def joined(source: Folder, target: Folder) -> Folder:
-    """The pictures of `source` with the captions of both; those of `target`, an earlier result, count first."""
+def joined(source: Folder, target: Folder, renamed: Mapping[str, str]) -> Folder:
+    """The pictures of `source` with the captions of both; those of `target`, an earlier result, count first.
+
+    Args:
+        renamed: pictures that have another name in `target`, with that name.
+    """
     if target is source:
         return source
-    rows = source.rows | {name: rows for name, rows in target.rows.items() if target.texts(name)}
-    return replace(source, rows=rows, sidecars=source.sidecars | target.sidecars)
+    there = {new: name for name, new in renamed.items()}
+    earlier = {there.get(name, name): rows for name, rows in target.rows.items() if target.texts(name)}
+    return replace(source, rows=source.rows | earlier, sidecars=source.sidecars | target.sidecars)
 
 
 def no_pictures(folder: Path) -> DataError:

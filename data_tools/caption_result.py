@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -11,6 +13,7 @@ from typing import Any
 
 from data_tools.caption_folder import REPORT, Folder, Row, leaves, lines_of, other_files, sidecar_of, text_of
 from data_tools.caption_journal import PLACE, Journal
+from data_tools.caption_places import Places
 from data_tools.caption_settings import FORMATS, Settings
 from sdtune import distributed
 from sdtune.data.atomic import write_atomically
@@ -20,12 +23,15 @@ from sdtune.errors import DataError
 REJECTED = "rejected.jsonl"
 
 
-def finish(source: Folder, whole: Folder, place: Path, kind: str, wanted: Settings, journal: Journal) -> dict[str, Any]:
+def finish(
+    source: Folder, whole: Folder, place: Path, where: Places, kind: str, wanted: Settings, journal: Journal
+) -> dict[str, Any]:
     """Makes the result from the journals. Whatever stops it, the same again makes the same result.
 
     Args:
         source: the pictures. whole: with the captions of earlier results too.
         place: where it goes; the folder of the pictures itself for captions beside them.
+        where: in it, for each picture.
 
     Returns:
         What `sdtune caption --json` prints.
@@ -40,9 +46,9 @@ def finish(source: Folder, whole: Folder, place: Path, kind: str, wanted: Settin
     rows = merge(whole, captions, rows_stay=beside)
     if not beside:
         rows = {name: some for name, some in rows.items() if name not in rejected}
-        link_files(source.path, place, rows)
+        link_files(source.path, place, rows, where)
     if rows:
-        write_result(place, kind, rows, beside)
+        write_result(place, kind, rows, where, beside)
     write_rejected(place, rejected)
     if captions or not (beside or (place / REPORT).is_file()):  # a result in a folder of its own always has one
         run = _report(wanted, kind, journal.job["started"], len(captions), len(rejected))
@@ -52,7 +58,7 @@ def finish(source: Folder, whole: Folder, place: Path, kind: str, wanted: Settin
         "captioned": len(captions),
         "kept": len(kept - rejected.keys()),
         "rejected": len(rejected),
-        "out": str(place / FORMATS[kind]) if FORMATS[kind] else str(place),
+        "out": str(place / where.files(kind)[0]) if len(where.folders) == 1 else str(place),
         "rejected_file": str(place / REJECTED) if rejected else None,
         "model": wanted.model,
     }
@@ -80,11 +86,12 @@ def merge(source: Folder, captioned: dict[str, list[str]], *, rows_stay: bool) -
     return merged
 
 
-def write_result(out: Path, kind: str, rows: dict[str, list[Row]], beside: bool) -> None:
+def write_result(out: Path, kind: str, rows: dict[str, list[Row]], where: Places, beside: bool) -> None:
     """Writes the captions.
 
     Args:
         kind: "jsonl", "parquet" or "txt".
+        where: in `out`, for the rows of each picture.
         beside: the captions go beside the pictures: a .txt that says the same already is left alone.
     """
     if kind == "txt":
@@ -93,23 +100,18 @@ def write_result(out: Path, kind: str, rows: dict[str, list[Row]], beside: bool)
             file = out / sidecar_of(name)
             if content and not (beside and file.is_file() and lines_of(file) == content.splitlines()):
                 write_atomically(file, content.encode("utf-8"))
-    elif kind == "parquet":
-        import io
-
-        import pyarrow
-        import pyarrow.parquet
-
-        flat = [row for some in rows.values() for row in some]
-        columns = dict.fromkeys(key for row in flat for key in row)
-        table = pyarrow.table({key: [row.get(key) for row in flat] for key in columns})
-        buffer = io.BytesIO()
-        pyarrow.parquet.write_table(table, buffer)
-        write_atomically(out / FORMATS[kind], buffer.getvalue())
-    else:
-        write_rows(out, (row for some in rows.values() for row in some))
+        return
+    of_folder = defaultdict[str, list[Row]](list)
+    for name, some in rows.items():
+        of_folder[where.folder(name)] += map(where.row, some)
+    for folder, some in of_folder.items():
+        if kind == "jsonl":
+            write_rows(out / folder, some)
+        else:
+            write_atomically(out / folder / FORMATS[kind], _as_parquet(some))
 
 
-def link_files(pictures: Path, out: Path, rows: dict[str, list[Row]]) -> None:
+def link_files(pictures: Path, out: Path, rows: dict[str, list[Row]], where: Places) -> None:
     """Puts each picture, and what else its rows name (masks), into `out`: hard links, else copies.
 
     Raises:
@@ -119,7 +121,7 @@ def link_files(pictures: Path, out: Path, rows: dict[str, list[Row]]) -> None:
         name for picture, some in rows.items() for name in (picture, *(n for row in some for _, n in other_files(row)))
     )
     for name in wanted:
-        source, target = pictures / name, out / name
+        source, target = pictures / name, out / where.name(name)
         if leaves(name) or not source.is_file() or _same_file(source, target):
             continue
         try:
@@ -157,6 +159,18 @@ def add_report(out: Path, run: dict[str, Any], *, alone: bool) -> None:
             raise DataError(f"'{file}' cannot be read ({error}); move it away, then run the same command") from error
     runs = [*(one for one in earlier if one.get("started") != run["started"]), run]
     write_atomically(file, (json.dumps({"runs": runs}, ensure_ascii=False, indent=1) + "\n").encode("utf-8"))
+
+
+def _as_parquet(rows: Sequence[Row]) -> bytes:
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = dict.fromkeys(key for row in rows for key in row)
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({key: [row.get(key) for row in rows] for key in columns}), buffer)
+    return buffer.getvalue()
 
 
 def _missing(whole: Folder, place: Path) -> dict[str, str]:

@@ -10,16 +10,13 @@ import msgspec
 
 from data_tools.coco_json import Broken, CocoJson, Picture, Scalar
 from sdtune.data.metadata import is_picture, list_files
+from sdtune.data.splits import is_split_like
 from sdtune.errors import DataError
 
 REJECTED = "rejected.jsonl"
 Pictures = dict[Scalar, Picture]  # two ids that name one file have one Picture, whose id is the first
 
 _PLAIN = re.compile(r"\w[\w-]*\.jpg", re.ASCII)  # such names need no closer look; nearly all are
-# How `datasets` finds splits in the names of folders and files, see its data_files.py.
-_SPLIT_FOLDER = re.compile(
-    r"(^|[-._ 0-9])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)([-._ 0-9]|$)"
-)
 
 
 class Rejected:
@@ -124,13 +121,13 @@ def names_for_folder(pictures: Pictures) -> tuple[dict[Scalar, str], bool]:
             continue
         name = picture.file_name or ""
         *folders, base = name.split("/")
-        if any(map(_SPLIT_FOLDER.search, folders)):
+        if any(map(is_split_like, folders)):
             name = base if base not in taken else "-".join([*folders, base])
         while name in taken:
             name = f"{id_}-{name.replace('/', '-')}"
         taken.add(name)
         names[id_] = name
-    return names, any(_SPLIT_FOLDER.search(os.path.basename(name)) for name in taken)
+    return names, any(is_split_like(os.path.basename(name)) for name in taken)
 
 
 def _checked(name: str) -> tuple[str | None, str]:

@@ -16,8 +16,8 @@ from sdtune.data.check_reading import Entry, Reading
 from sdtune.data.check_report import as_text, as_values
 from sdtune.data.check_sizes import Frame
 from sdtune.data.check_watch import watch
-from sdtune.data.folder import splits_of
 from sdtune.data.sources import Role, load_source
+from sdtune.data.splits import splits_of
 from sdtune.errors import UsageError
 from sdtune.hub_access import looks_like_hub_id
 from sdtune.local_models import NamedModel, caption_reader, model_findings, named_models

@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from sdtune.data.captions import captions_of
-from sdtune.data.folder import METADATA_FILES, splits_of
-from sdtune.data.metadata import is_picture, list_files
+from sdtune.data.metadata import METADATA_FILES, is_picture, list_files
 from sdtune.data.picture import Picture
 from sdtune.data.sidecars import sidecar_captions
 from sdtune.data.sources import Role, Source
+from sdtune.data.splits import splits_of
 from sdtune.errors import DataError, SdtuneError
 
 Row = dict[str, Any]

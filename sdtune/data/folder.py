@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from sdtune.data.captions import captions_of, some
-from sdtune.data.metadata import METADATA, is_picture, list_files, read_rows
+from sdtune.data.metadata import METADATA, METADATA_FILES, is_picture, list_files, read_rows
 from sdtune.data.picture import Picture
 from sdtune.data.sidecars import sidecar_captions
+from sdtune.data.splits import splits_of
 from sdtune.errors import DataError
 
-METADATA_FILES = (METADATA, "metadata.csv", "metadata.parquet")
 MASK = "mask"  # the column that `datasets` makes of mask_file_name
-SPLITS = {"train", "training", "test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"}
 
 
 def folder_pictures(
@@ -193,20 +192,6 @@ def _split_folder(folder: Path, split: str, key: str) -> Path:
     if split != "train":
         raise DataError(f"{folder} has no split {split!r}; it has: {', '.join(splits) or 'none, only train'}.")
     return folder
-
-
-def splits_of(folder: Path) -> list[str]:
-    """Names of the splits of a folder that is laid out as train/, test/ ... and nothing else; else none."""
-    with os.scandir(folder) as entries:
-        inner = [
-            entry for entry in entries if not entry.name.startswith(".") and (entry.is_dir() or _counts(entry.name))
-        ]
-    splits = sorted(entry.name for entry in inner if entry.is_dir() and entry.name in SPLITS)
-    return splits if len(splits) == len(inner) else []
-
-
-def _counts(name: str) -> bool:
-    return is_picture(name) or name in METADATA_FILES
 
 
 def _refuse_missing(folder: Path, names: Iterable[str], files: set[str]) -> None:

@@ -4,8 +4,8 @@ import re
 from glob import glob, has_magic
 from pathlib import Path
 
-from sdtune.data.folder import METADATA_FILES, SPLITS
-from sdtune.data.metadata import is_picture, list_files
+from sdtune.data.metadata import METADATA_FILES, is_picture, list_files
+from sdtune.data.splits import SPLITS
 from sdtune.errors import DataError
 
 TAR, PARQUET = ".tar", ".parquet"

@@ -16,6 +16,7 @@ from sdtune.data.atomic import write_atomically
 from sdtune.errors import DataError
 
 METADATA = "metadata.jsonl"
+METADATA_FILES = (METADATA, "metadata.csv", "metadata.parquet")
 PICTURE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"),

@@ -74,6 +74,60 @@ def test_another_folder_links_to_the_pictures_and_opens_everywhere(fill, blip, t
     ]
 
 
+def opened(folder: Path, cache: Path) -> dict[str, set[str]]:
+    """Captions by split, as HF datasets reads them."""
+    import datasets
+
+    found = datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(cache))
+    return {split: set(rows["text"]) for split, rows in found.items()}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_splits_keep_their_captions(fill, blip, tmp_path, beside, kind):
+    photos = fill("train/a.png", "train/b.png", "test/test_1.png")
+    out = photos if beside else tmp_path / "set"
+    assert command(photos, out=out, model=str(blip), max_tokens=8, kind=kind) == 0
+    last = "test_1.png" if beside else "xtest_1.png"
+    found = {split: load_source(path=out, split=split).pictures for split in ("train", "test")}
+    assert [[picture.name for picture in pictures] for pictures in found.values()] == [["a.png", "b.png"], [last]]
+    assert opened(out, tmp_path / "cache") == {
+        split: {text for picture in pictures for text in picture.captions} for split, pictures in found.items()
+    }
+    fill("train/a.png", "train/b.png", "test/test_1.png", "test/c.png")
+    assert command(photos, out=out, model=str(blip), max_tokens=8, kind=kind) == 0  # the first three are kept
+    again = load_source(path=out).pictures
+    assert [picture.captions for picture in again] == [picture.captions for picture in found["train"]]
+    assert len(load_source(path=out, split="test").pictures) == 2
+
+
+def test_names_like_those_of_splits(fill, blip, tmp_path, capsys):
+    photos = fill("test_1.png", "b.png", "dev/c.png")
+    (photos / "b.txt").write_text("mine", encoding="utf-8")
+    for _ in range(2):
+        assert command(photos, out=tmp_path / "set", model=str(blip), max_tokens=8) == 0
+    assert capsys.readouterr().out.startswith("2 captioned, 1 kept, 0 rejected")
+    assert texts(tmp_path / "set").keys() == {"b.png", "xdev/c.png", "xtest_1.png"}
+    assert opened(tmp_path / "set", tmp_path / "cache") == {"train": set(texts(tmp_path / "set").values())}
+    assert len(load_source(path=tmp_path / "set").pictures) == 3
+    assert command(photos, model=str(blip), max_tokens=8) == 0
+    assert "2 pictures, such as 'dev/c.png', have a name that HF datasets takes for a split" in capsys.readouterr().err
+    fill("test_1.png", "xtest_1.png")
+    with pytest.raises(DataError, match="'test_1.png' and 'xtest_1.png' would both be called 'xtest_1.png'"):
+        command(photos, out=tmp_path / "new", model=str(blip))
+
+
+def test_a_sub_folder_with_rows_of_its_own_keeps_them(fill, blip, tmp_path):
+    photos = fill("dogs/a.png", "dogs/b.png", "c.png")
+    (photos / "dogs" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "mine"}', encoding="utf-8")
+    assert command(photos, model=str(blip), max_tokens=8) == 0
+    assert texts(photos / "dogs").keys() == {"a.png", "b.png"} and texts(photos / "dogs")["a.png"] == "mine"
+    assert texts(photos).keys() == {"c.png"}
+    expected = {*texts(photos).values(), *texts(photos / "dogs").values()}
+    assert opened(photos, tmp_path / "cache") == {"train": expected}
+    assert len(load_source(path=photos).pictures) == 3
+
+
 def test_text_files_and_parquet(fill, blip, tmp_path):
     import datasets
 
