@@ -27,8 +27,13 @@ app = typer.Typer(
 recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes", help="The recipes that come with sdtune.")
 
+lora_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(lora_app, name="lora", help="Look into LoRA files, merge, resize and extract them.")
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on one line, last on stdout.")]
+LoraOut = Annotated[Path, typer.Option("--out", metavar="FILE", help="The new .safetensors file.")]
+LoraFormat = Annotated[str, typer.Option("--format", help="diffusers or kohya.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `sdtune recipes ls`.")]
 
 
@@ -267,6 +272,28 @@ def caption(
     _end_with(run, debug)
 
 
+@app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run, its final/ or a checkpoint's weights/, or a LoRA.")
+    ],
+    kind: Annotated[str, typer.Option("--format", help="diffusers, peft, kohya, single-file or merged.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="The new folder, or .safetensors file.")],
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; its own unless told.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="Of a LoRA that no run knows the base of.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write what was learned as other tools read it: diffusers, peft, A1111, ComfyUI."""
+
+    def run() -> int:
+        from sdtune.export import command
+
+        return command(source, kind, out, dtype=dtype, base=base, as_json=as_json)
+
+    _end_with(run, debug)
+
+
 @recipes_app.command("ls")
 def recipes_ls(debug: Debug = False) -> None:
     """List the shipped recipes."""
@@ -316,6 +343,94 @@ def recipes_cp(
         return 0
 
     _end_with(run, debug)
+
+
+@lora_app.command("info")
+def lora_info(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A LoRA file, or a folder or run with one.")],
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="Count what would be applied to it.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a file is. Exit code 1 if it would be refused."""
+
+    def run() -> int:
+        from sdtune.lora_tools import info_command
+
+        return info_command(file, base=base, as_json=as_json)
+
+    _end_with(run, debug)
+
+
+@lora_app.command("merge", context_settings={"ignore_unknown_options": True})  # a weight may be -1
+def lora_merge(
+    files: Annotated[list[str], typer.Argument(metavar="FILES...", help="LoRA files, or folders or runs with one.")],
+    out: LoraOut,
+    weights: Annotated[
+        list[float] | None, typer.Option(help="One for each file: --weights 0.7 0.3; 1 each unless told.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Then bring it down to this rank.")] = None,
+    kind: LoraFormat = "diffusers",
+    debug: Debug = False,
+) -> None:
+    """Write the weighted sum of several LoRA, exact unless a rank is given."""
+
+    def run() -> int:
+        from sdtune.lora_tools import merge_command
+
+        # an option takes one value: the other weights come as if they were files
+        numbers = [name for name in files if _is_number(name)]
+        places = [name for name in files if name not in numbers]
+        given = [*(weights or []), *map(float, numbers)]
+        return merge_command(places, weights=given, rank=rank, out=out, kind=kind)
+
+    _end_with(run, debug)
+
+
+@lora_app.command("resize")
+def lora_resize(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A LoRA file, or a folder or run with one.")],
+    out: LoraOut,
+    rank: Annotated[int | None, typer.Option(min=1, help="The new rank, at most.")] = None,
+    fraction: Annotated[float, typer.Option(min=0.01, max=1, help="Share of each layer's energy to keep.")] = 1.0,
+    kind: LoraFormat = "diffusers",
+    debug: Debug = False,
+) -> None:
+    """Write the nearest LoRA of a smaller rank."""
+
+    def run() -> int:
+        from sdtune.lora_tools import resize_command
+
+        return resize_command(file, rank=rank, fraction=fraction, out=out, kind=kind)
+
+    _end_with(run, debug)
+
+
+@lora_app.command("extract")
+def lora_extract(
+    base: Annotated[str, typer.Option(metavar="MODEL", help="What the other was trained from.")],
+    tuned: Annotated[str, typer.Option(metavar="MODEL_OR_RUN", help="What was learned.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")],
+    out: LoraOut,
+    kind: LoraFormat = "diffusers",
+    debug: Debug = False,
+) -> None:
+    """Write the difference of two models as LoRA, and say how much of it is kept."""
+
+    def run() -> int:
+        from sdtune.lora_tools import extract_command
+
+        return extract_command(base, tuned, rank=rank, out=out, kind=kind)
+
+    _end_with(run, debug)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return not Path(text).exists()
 
 
 def _shipped(name: str) -> Path:

@@ -34,7 +34,8 @@ def write_diffusers(layers: Layers, file: Path) -> None:
                 f"diffusers' LoRA format has no place for the {layer.kind} of {name}; write --format peft, kohya (as "
                 "LyCORIS), or merged into its base"
             )
-    tensors, settings = {}, {}
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
     for network, some in _by_network(layers).items():
         tensors |= {f"{network}.{key}": tensor for key, tensor in _peft_tensors(network, some).items()}
         settings |= {f"{network}.{key}": value for key, value in _lora_settings(network, some).items()}

@@ -1,0 +1,319 @@
+"""What a run learned, in the formats of other tools; and the command `sdtune export`."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sdtune.adapters.lora_files import WEIGHTS_NAME as LORA_NAME
+from sdtune.adapters.lora_files import LoraFile, check_fit, find_lora, load_lora, read_lora
+from sdtune.adapters.lora_layers import LoraLayer
+from sdtune.adapters.lora_names import NETWORKS
+from sdtune.checkpoint import could_not_write, written_aside
+from sdtune.config import resolve_asset
+from sdtune.data.atomic import flush
+from sdtune.errors import RunError, UsageError, WeightsError
+from sdtune.families import family_class
+from sdtune.families.base import Family
+from sdtune.families.headers import layer_shapes, unet_config
+from sdtune.families.original import original_checkpoint
+from sdtune.families.single_file import FIRST, PICKLES, read_shapes
+from sdtune.opening import open_base, open_whole, read_notes, weights_folder
+
+DTYPES = ("float32", "float16", "bfloat16")
+ARCHITECTURES = {
+    "SD1": "stable-diffusion-v1",
+    "SD2": "stable-diffusion-v2",
+    "SDXL": "stable-diffusion-xl-v1-base",
+}
+FAMILY_KINDS = {"sdxl": "SDXL"}  # families of one kind
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+KOHYA_BASES = {"SD1": "sd_v1", "SD2": "sd_v2", "SDXL": "sdxl_base_v1-0"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported.
+
+    Attributes:
+        place: its weights: a LoRA's file or folder, or a whole model's folder, file or hub id.
+        lora: whether it is a LoRA, or a relative of one.
+        notes: what the run noted beside its weights (sdtune.json); empty for other models.
+        recipe: the run's settings, run.yaml; empty for other models.
+        base: the model of `--base`, if it was named.
+    """
+
+    place: str
+    lora: bool
+    notes: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    base: str | None
+
+    def open(self) -> Family:
+        """The whole model, the LoRA merged in."""
+        path = Path(self.place)
+        if self.lora:
+            family = open_whole(self.base, {}) if self.base else open_base(path, dict(self.notes))
+            load_lora(family, path)
+            return family
+        if self.notes.get("task") == "autoencoding":
+            family_of: Any = family_class(self.notes["family"])
+            return family_of({"vae": family_of.open("vae", str(path), None)})
+        return open_whole(self.place, dict(self.notes))
+
+    def layers(self, dtype: str | None) -> tuple[LoraFile, dict[str, LoraLayer], dict[str, Any] | None]:
+        """The LoRA, its layers in that precision, and config.json of the base's UNet if the base is here.
+
+        Raises:
+            WeightsError: it is a whole model, or does not fit its base.
+        """
+        if not self.lora:
+            raise WeightsError(
+                f"'{self.place}' is a whole model, and this format is for LoRA. Take --format diffusers or "
+                "single-file; or make a LoRA of what it learned: sdtune lora extract --base BASE --tuned MODEL --rank "
+                "16 --out FILE"
+            )
+        base = self.base or self._noted_base()
+        config = unet_config(base) if base else None
+        lora = read_lora(self.place, config)
+        shapes = layer_shapes(base) if base else {name: (*layer.size,) for name, layer in lora.layers.items()}
+        check_fit(lora, shapes, self.place)
+        kept = getattr(torch, dtype) if dtype else None
+        return lora, {name: layer.to(kept) if kept else layer for name, layer in lora.layers.items()}, config
+
+    def _noted_base(self) -> str | None:
+        """The base that the run was trained on, where it is a folder or file on this machine."""
+        base = self.notes.get("base")
+        return str(base) if base and Path(resolve_asset(str(base))).exists() else None
+
+
+def find_source(place: str, base: str | None = None) -> Source:
+    """What a path means: a run, its final/, a checkpoint's weights/, a LoRA, a model's folder, file or hub id.
+
+    Raises:
+        WeightsError: there is nothing there. UsageError: `base` is named for a whole model.
+    """
+    given = Path(resolve_asset(place))
+    path = weights_folder(given)
+    notes = read_notes(path)
+    settings = [folder / "run.yaml" for folder in (given, *path.parents[:3]) if (folder / "run.yaml").is_file()]
+    recipe = yaml.safe_load(settings[0].read_text(encoding="utf-8")) if notes and settings else {}
+    if path.is_file():
+        lora = path.suffix not in PICKLES and FIRST not in read_shapes(path)
+    else:
+        lora = (path / LORA_NAME).is_file() or any((path / name / "adapter_config.json").is_file() for name in NETWORKS)
+        lora = lora or (path.is_dir() and notes.get("task") != "autoencoding" and _is_lora_folder(path))
+    if base and not lora:
+        raise UsageError(f"--base: '{place}' is a whole model and needs none; leave it out")
+    found = str(find_lora(path)) if lora else str(path) if path.exists() else place
+    return Source(found, lora, notes, recipe, str(weights_folder(Path(resolve_asset(base)))) if base else None)
+
+
+def _is_lora_folder(folder: Path) -> bool:
+    """Whether a folder that no run wrote holds a LoRA file and no model."""
+    return not (folder / "model_index.json").is_file() and len(list(folder.glob("*.safetensors"))) == 1
+
+
+# --- the formats ----------------------------------------------------------------------------------------------------
+
+
+def export_diffusers(source: Source, out: Path, dtype: str | None) -> None:
+    """A LoRA as `pipe.load_lora_weights(OUT)` reads it; of a whole model its folder."""
+    from sdtune.adapters.lora_writing import write_diffusers
+
+    if not source.lora:
+        export_merged(source, out, dtype)
+    elif out.suffix == ".safetensors":
+        layers = source.layers(dtype)[1]
+        with file_aside(out) as aside:
+            write_diffusers(layers, aside)
+    else:
+        layers = source.layers(dtype)[1]
+        with written_aside(out) as aside:
+            write_diffusers(layers, aside / LORA_NAME)
+
+
+def export_peft(source: Source, out: Path, dtype: str | None) -> None:
+    """A folder for each network, as `PeftModel.from_pretrained(pipe.unet, OUT / "unet")` reads it."""
+    from sdtune.adapters.lora_writing import write_peft
+
+    layers = source.layers(dtype)[1]
+    with written_aside(out) as aside:
+        write_peft(layers, aside)
+
+
+def export_kohya(source: Source, out: Path, dtype: str | None) -> None:
+    """A file with kohya's names, alphas and `ss_` header: A1111, ComfyUI, and diffusers."""
+    from sdtune.adapters.lora_writing import write_kohya
+
+    lora, layers, unet = source.layers(dtype)
+    kind = kind_of(unet) if unet else FAMILY_KINDS.get(source.notes.get("family", ""), lora.base)
+    blocks = (unet or unet_config(kind)) if kind == "SDXL" else None
+    with file_aside(out) as aside:
+        write_kohya(layers, aside, unet=blocks, header=kohya_header(source, kind, out.stem))
+
+
+def export_single_file(source: Source, out: Path, dtype: str | None) -> None:
+    """A checkpoint in one file with the original names, a LoRA merged in: A1111, ComfyUI, `from_single_file`."""
+    from safetensors.torch import save_file
+
+    family = source.open()
+    try:
+        tensors = original_checkpoint(family.modules)
+    except KeyError as fault:
+        raise WeightsError(
+            f"the original code of Stable Diffusion has no place for the tensor {fault} of '{source.place}'; export it "
+            "with --format diffusers"
+        ) from fault
+    kept = getattr(torch, dtype) if dtype else None
+    tensors = {key: tensor.detach().to(kept or tensor.dtype).contiguous() for key, tensor in tensors.items()}
+    with file_aside(out) as aside:
+        save_file(tensors, aside, metadata=model_header(family, out.stem))
+
+
+def export_merged(source: Source, out: Path, dtype: str | None) -> None:
+    """A folder that stock diffusers opens, a LoRA merged in."""
+    family = source.open()
+    with written_aside(out) as aside:
+        family.save(aside, dtype)
+
+
+FORMATS: dict[str, Callable[[Source, Path, str | None], None]] = {
+    "diffusers": export_diffusers,
+    "peft": export_peft,
+    "kohya": export_kohya,
+    "single-file": export_single_file,
+    "merged": export_merged,
+}
+FILES = ("kohya", "single-file")  # those that are one file
+
+
+def export(source: Source, kind: str, out: Path, dtype: str | None = None) -> None:
+    """Write what was learned in another format; see `FORMATS`.
+
+    Args:
+        out: a new folder, or a new .safetensors file; what is there is never overwritten.
+        dtype: precision of the weights, one of `DTYPES`; None keeps their own.
+
+    Raises:
+        UsageError: `out` is not what the format writes, or exists. WeightsError: the format has no place for it.
+        RunError: it could not be written.
+    """
+    if out.exists():
+        raise UsageError(f"--out: '{out}' exists already and is not overwritten; name another place")
+    if kind in FILES and out.suffix != ".safetensors":
+        raise UsageError(
+            f"--out: the format {kind} is one file, got '{out}'; expected a name that ends in .safetensors"
+        )
+    folder = kind in ("peft", "merged") or not source.lora
+    if folder and kind not in FILES and out.suffix == ".safetensors":
+        raise UsageError(
+            f"--out: this is a folder in the format {kind}, got '{out}'; expected a name without an ending"
+        )
+    FORMATS[kind](source, out, dtype)
+
+
+@contextmanager
+def file_aside(target: Path) -> Iterator[Path]:
+    """A file to write to, which takes `target`'s place when the block ends well and vanishes when it does not.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written.
+    """
+    aside = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        flush(aside)
+        os.replace(aside, target)
+    except Exception as fault:
+        if not could_not_write(fault):
+            raise
+        reason = getattr(fault, "strerror", None) or fault
+        raise RunError(f"'{target}' could not be written ({reason}); make room, or name another place") from fault
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# --- what files say of themselves -----------------------------------------------------------------------------------
+
+
+def kind_of(unet: Mapping[str, Any]) -> str | None:
+    """SD1, SD2 or SDXL, from a UNet's config.json; None for models of other sizes."""
+    if unet.get("addition_embed_type") == "text_time":
+        return "SDXL"
+    return {768: "SD1", 1024: "SD2"}.get(unet["cross_attention_dim"])
+
+
+def model_header(family: Family, title: str) -> dict[str, str]:
+    """The header of a checkpoint in one file, as the ModelSpec of Stability AI has it."""
+    header = {"format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": title}
+    if "unet" in family.modules:
+        kind = kind_of(family.modules["unet"].config)
+        height, width = family.picture_size()
+        header |= {"modelspec.resolution": f"{width}x{height}"}
+        prediction = family.scheduler.get("prediction_type", "epsilon")
+        header |= {"modelspec.prediction_type": PREDICTIONS[prediction]} if prediction in PREDICTIONS else {}
+        header |= {"modelspec.architecture": ARCHITECTURES[kind]} if kind else {}
+    return header
+
+
+def kohya_header(source: Source, kind: str | None, name: str) -> dict[str, str]:
+    """What kohya's header says about training, as far as the run knows it; A1111 and others show it."""
+    recipe, size = source.recipe, source.notes.get("size")
+    header: dict[str, Any] = {
+        "ss_output_name": name,
+        "ss_base_model_version": KOHYA_BASES.get(kind or ""),
+        "ss_v2": kind == "SD2",
+        "ss_sd_model_name": source.notes.get("base"),
+        "ss_clip_skip": source.notes.get("clip_skip"),
+        "ss_seed": source.notes.get("seed"),
+        "ss_steps": source.notes.get("step"),
+        "ss_resolution": f"({size[1]}, {size[0]})" if size else None,
+        "ss_training_comment": "trained with sdtune",
+    }
+    if recipe:
+        rates = recipe.get("optimizer", {})
+        header |= {
+            "ss_learning_rate": rates.get("lr"),
+            "ss_text_encoder_lr": rates.get("text_encoder_lr"),
+            "ss_lr_scheduler": rates.get("schedule"),
+            "ss_optimizer": rates.get("name"),
+            "ss_mixed_precision": recipe["train"].get("precision"),
+            "ss_batch_size_per_device": recipe["train"].get("batch_size"),
+            "ss_max_train_steps": recipe["train"].get("steps"),
+        }
+    return {key: str(value) for key, value in header.items() if value is not None}
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def command(
+    place: str, kind: str, out: Path, *, dtype: str | None = None, base: str | None = None, as_json: bool = False
+) -> int:
+    """`sdtune export`: write a run or model in another tool's format; returns the exit code.
+
+    Raises:
+        SdtuneError: see `find_source` and `export`.
+    """
+    from sdtune.libraries import prepare
+
+    for option, got, known in (("--format", kind, list(FORMATS)), ("--dtype", dtype, [*DTYPES, None])):
+        if got not in known:
+            raise UsageError(f"{option}: got '{got}', expected one of {', '.join(str(k) for k in known if k)}")
+    prepare()
+    export(find_source(place, base), kind, out, dtype)
+    size = sum(file.stat().st_size for file in ([out] if out.is_file() else out.rglob("*")) if file.is_file())
+    if as_json:
+        print(json.dumps({"out": str(out), "format": kind, "bytes": size}))
+    else:
+        print(f"{out}: {kind}, {size / 1e6:.1f} MB", file=sys.stderr)
+    return 0

@@ -1,0 +1,185 @@
+"""`sdtune export`: each method in each format that has a place for it, opened by stock libraries, with equal answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sdtune.adapters.lora_files import WEIGHTS_NAME
+from sdtune.errors import UsageError, WeightsError
+from sdtune.export import command, export, find_source
+from sdtune.families import single_file
+from sdtune.families.stable_diffusion import StableDiffusion
+from sdtune.opening import open_model
+from sdtune.run import Run
+from tests.adapters.test_lora_formats import answers, close
+from tests.factories import make_recipe, weights
+from tests.families.test_single_file import only_configurations
+
+CPU = torch.device("cpu")
+
+
+def train(base: Path, photos: Path, out: Path, **adapter: Any) -> Path:
+    """A run of two large steps; the folder's name says of what."""
+    family = {"family": "sdxl"} if base.name == "sdxl" else {}
+    full = adapter.get("kind") == "full"
+    shape = {} if full else {"rank": 4, "alpha": 6.0, "targets": "all"}
+    recipe = make_recipe(
+        base,
+        photos,
+        out,
+        model={"base": str(base), **family},
+        adapter={"text_encoder": True, **shape, **adapter},
+        optimizer={"lr": 3e-2 if not full else 1e-3},
+        output={"dir": str(out), "trackers": [], "checkpoint_every": 1},
+    )
+    Run(recipe).complete()
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(sd: Path, sdxl: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run for each method."""
+    place = tmp_path_factory.mktemp("runs")
+    made = {"full": train(sd, photos, place / "full", kind="full")}
+    # not `all`: in so small an SDXL diffusers takes the upsampler of a block without attention for one
+    made["sdxl"] = train(sdxl, photos, place / "sdxl", targets="attention+feedforward")
+    return made | {kind: train(sd, photos, place / kind, kind=kind) for kind in METHODS}
+
+
+METHODS = ("lora",)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_diffusers(runs: dict[str, Path], sd: Path, tmp_path: Path, method: str) -> None:
+    export(find_source(str(runs[method])), "diffusers", tmp_path / "folder")
+    export(find_source(str(runs[method])), "diffusers", tmp_path / "file.safetensors")
+    expected = answers(open_model(str(runs[method]), device=CPU))
+    for place in (tmp_path / "folder", tmp_path / "file.safetensors"):
+        stock = StableDiffusionPipeline.from_pretrained(sd)
+        plain = answers(stock)
+        stock.load_lora_weights(place)
+        close(answers(stock), expected)
+        assert (plain - expected).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_kohya(runs: dict[str, Path], sd: Path, tmp_path: Path, method: str) -> None:
+    file = tmp_path / "kohya.safetensors"
+    export(find_source(str(runs[method])), "kohya", file)
+    with safe_open(file, "pt") as opened:
+        said = opened.metadata()
+    assert said["ss_network_dim"] == "4" and said["ss_network_alpha"] == "6.0" and said["ss_output_name"] == "kohya"
+    assert said["ss_sd_model_name"] == str(sd) and said["ss_steps"] == "2" and said["ss_learning_rate"] == "0.03"
+    stock = StableDiffusionPipeline.from_pretrained(sd)
+    stock.load_lora_weights(file)
+    close(answers(stock), answers(open_model(str(runs[method]), device=CPU)))
+
+
+def test_sdxl_as_kohya_has_it(runs: dict[str, Path], sdxl: Path, tmp_path: Path) -> None:
+    file = tmp_path / "kohya.safetensors"
+    export(find_source(str(runs["sdxl"])), "kohya", file)
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
+    stock = StableDiffusionXLPipeline.from_pretrained(sdxl)
+    stock.load_lora_weights(file)
+    close(answers(stock), answers(open_model(str(runs["sdxl"]), device=CPU)))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "full", "sdxl"])
+def test_merged_and_single_file(
+    runs: dict[str, Path], sd: Path, sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    family = open_model(str(runs[method]), device=CPU)
+    expected = answers(family)
+    kind, base = (StableDiffusionXLPipeline, sdxl) if method == "sdxl" else (StableDiffusionPipeline, sd)
+    export(find_source(str(runs[method])), "merged", tmp_path / "merged")
+    close(answers(kind.from_pretrained(tmp_path / "merged")), expected)
+
+    file = tmp_path / "one.safetensors"
+    export(find_source(str(runs[method])), "single-file", file)
+    close(answers(kind.from_single_file(file, config=str(base))), expected)
+    monkeypatch.setattr(
+        single_file, "LAYOUTS", dict.fromkeys(("SD1", "SDXL"), only_configurations(base, tmp_path / "c"))
+    )
+    back = open_model(str(file), device=CPU)
+    for name, network in back.modules.items():
+        state = family.modules[name].state_dict()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items()), name
+
+
+def test_half_precision(runs: dict[str, Path], tmp_path: Path) -> None:
+    for method, kind, name in (
+        ("lora", "diffusers", "a"),
+        ("lora", "peft", "b"),
+        ("lora", "kohya", "c.safetensors"),
+        ("full", "single-file", "d.safetensors"),
+        ("full", "diffusers", "e"),
+    ):
+        out = tmp_path / name
+        export(find_source(str(runs[method])), kind, out, "float16")
+        tensors = load_file(out) if out.is_file() else weights(out)
+        kinds = {tensor.dtype for key, tensor in tensors.items() if "alpha" not in key and tensor.is_floating_point()}
+        assert kinds == {torch.float16}
+
+
+def test_final_checkpoints_and_files_are_sources_too(runs: dict[str, Path], sd: Path, tmp_path: Path) -> None:
+    final = runs["lora"] / "final"
+    early = runs["lora"] / "checkpoints" / "step-000001" / "weights"
+    for number, (place, base) in enumerate([(final, None), (final / WEIGHTS_NAME, str(sd)), (early, None)]):
+        out = tmp_path / str(number)
+        export(find_source(str(place), base), "merged", out)
+        there = open_model(str(runs["lora"]) if place != early else str(early), device=CPU)
+        close(answers(StableDiffusion.load(str(out))), answers(there))
+    with pytest.raises(WeightsError, match="no sdtune.json that names its base"):
+        export(find_source(str(final / WEIGHTS_NAME)), "merged", tmp_path / "no")
+
+
+def test_a_vae(sd: Path, photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "vae"
+    recipe = make_recipe(sd, photos, run, task="autoencoding", adapter={"kind": "full"}, train={"cache": False})
+    Run(recipe).complete()
+    trained = AutoencoderKL.from_pretrained(run / "final").state_dict()
+    export(find_source(str(run)), "diffusers", tmp_path / "folder")
+    export(find_source(str(run)), "single-file", tmp_path / "vae.safetensors")
+    for opened in (
+        AutoencoderKL.from_pretrained(tmp_path / "folder"),
+        AutoencoderKL.from_single_file(str(tmp_path / "vae.safetensors"), config=str(sd), subfolder="vae"),
+        StableDiffusion.load(str(sd), vae=str(tmp_path / "vae.safetensors")).modules["vae"],
+    ):
+        assert all(torch.equal(tensor, trained[key]) for key, tensor in opened.state_dict().items())
+
+
+def test_what_cannot_be_exported_is_told(runs: dict[str, Path], sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for method, kind, out, match in (
+        ("lora", "merged", "there", "exists already and is not overwritten"),
+        ("lora", "kohya", "folder", "is one file.*ends in .safetensors"),
+        ("lora", "peft", "a.safetensors", "a folder in the format peft"),
+        ("full", "diffusers", "a.safetensors", "a folder in the format diffusers"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            export(find_source(str(runs[method])), kind, tmp_path / out)
+    for kind, out in (("kohya", "a.safetensors"), ("peft", "a")):
+        with pytest.raises(WeightsError, match="is a whole model.*sdtune lora extract"):
+            export(find_source(str(runs["full"])), kind, tmp_path / out)
+    with pytest.raises(UsageError, match="is a whole model and needs none"):
+        find_source(str(runs["full"]), str(sd))
+    with pytest.raises(WeightsError, match="does not exist"):
+        export(find_source(str(tmp_path / "nothing")), "merged", tmp_path / "a")
+    for options in ({"kind": "onnx"}, {"kind": "kohya", "dtype": "int3"}):
+        with pytest.raises(UsageError, match="expected one of"):
+            command(str(sd), out=tmp_path / "b", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+def test_the_command(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a.safetensors"
+    assert command(str(runs["lora"]), "kohya", out, as_json=True) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"out": str(out), "format": "kohya", "bytes": out.stat().st_size}
