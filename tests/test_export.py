@@ -1,4 +1,4 @@
-"""`sdtune export`: each method in each format that has a place for it, opened by stock libraries, with equal answers."""
+"""`sdtune export`: each method in each format that has a place for it, opened by stock libraries: equal answers."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -52,10 +53,10 @@ def runs(sd: Path, sdxl: Path, photos: Path, tmp_path_factory: pytest.TempPathFa
     return made | {kind: train(sd, photos, place / kind, kind=kind) for kind in METHODS}
 
 
-METHODS = ("lora",)
+METHODS = ("lora", "rslora", "dora", "lokr", "loha")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 def test_diffusers(runs: dict[str, Path], sd: Path, tmp_path: Path, method: str) -> None:
     export(find_source(str(runs[method])), "diffusers", tmp_path / "folder")
     export(find_source(str(runs[method])), "diffusers", tmp_path / "file.safetensors")
@@ -69,12 +70,41 @@ def test_diffusers(runs: dict[str, Path], sd: Path, tmp_path: Path, method: str)
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_peft(runs: dict[str, Path], sd: Path, tmp_path: Path, method: str) -> None:
+    export(find_source(str(runs[method])), "peft", tmp_path / "peft")
+    stock = StableDiffusionPipeline.from_pretrained(sd)
+    PeftModel.from_pretrained(stock.unet, tmp_path / "peft" / "unet")
+    stock.text_encoder.load_adapter(tmp_path / "peft" / "text_encoder")
+    close(answers(stock), answers(open_model(str(runs[method]), device=CPU)))
+
+
+@pytest.mark.parametrize("method", ["dora", "lokr", "loha"])
+def test_kohya_of_what_diffusers_does_not_read_there(
+    runs: dict[str, Path], sd: Path, tmp_path: Path, method: str
+) -> None:
+    """A1111 and ComfyUI do; diffusers drops kohya's dora_scale, and knows no LyCORIS for Stable Diffusion."""
+    file = tmp_path / "kohya.safetensors"
+    export(find_source(str(runs[method])), "kohya", file)
+    with safe_open(file, "pt") as opened:
+        said = opened.metadata()
+    assert said["ss_network_module"] == ("networks.lora" if method == "dora" else "lycoris.kohya")
+    close(answers(open_model(str(sd), str(file), device=CPU)), answers(open_model(str(runs[method]), device=CPU)))
+    if method != "dora":
+        with pytest.raises(WeightsError, match=f"no place for the {method}.*write --format peft"):
+            export(find_source(str(runs[method])), "diffusers", tmp_path / "no")
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora"])
 def test_kohya(runs: dict[str, Path], sd: Path, tmp_path: Path, method: str) -> None:
     file = tmp_path / "kohya.safetensors"
     export(find_source(str(runs[method])), "kohya", file)
     with safe_open(file, "pt") as opened:
         said = opened.metadata()
-    assert said["ss_network_dim"] == "4" and said["ss_network_alpha"] == "6.0" and said["ss_output_name"] == "kohya"
+    assert (
+        said["ss_network_dim"] == "4"
+        and said["ss_network_alpha"] == ("6.0" if method == "lora" else "12.0")
+        and said["ss_output_name"] == "kohya"
+    )
     assert said["ss_sd_model_name"] == str(sd) and said["ss_steps"] == "2" and said["ss_learning_rate"] == "0.03"
     stock = StableDiffusionPipeline.from_pretrained(sd)
     stock.load_lora_weights(file)
