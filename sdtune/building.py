@@ -1,6 +1,7 @@
 """From settings to objects: each function reads the part of a recipe that it is named after."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from sdtune.families import family_class
 from sdtune.families.base import Family
 from sdtune.families.inpainting import widen
 from sdtune.families.schedulers import adjusted
+from sdtune.run_folder import weights_folder
 from sdtune.tasks import AutoencodingTask, DenoisingTask, Task
 
 
@@ -138,7 +140,10 @@ def move(network: nn.Module, device: torch.device, half: torch.dtype | None) -> 
 def make_adapter(recipe: Recipe) -> Adapter:
     """What learns."""
     settings = recipe.adapter
-    return adapter_class(settings.kind)(**{name: getattr(settings, name) for name in SETTINGS[settings.kind]})
+    values = {name: getattr(settings, name) for name in SETTINGS[settings.kind]}
+    if values.get("init_from") is not None:
+        values["init_from"] = weights_folder(Path(resolve_asset(values["init_from"])))
+    return adapter_class(settings.kind)(**values)
 
 
 def learning_networks(recipe: Recipe, family: Family) -> list[str]:

@@ -8,12 +8,12 @@ import torch
 
 from sdtune import building
 from sdtune.adapters.lora_files import WEIGHTS_NAME, find_lora, load_lora, peft_parts
-from sdtune.checkpoint import all_checkpoints
 from sdtune.config import ModelSettings, resolve_asset
 from sdtune.errors import WeightsError
 from sdtune.families import FAMILIES, family_class
 from sdtune.families.base import Family
 from sdtune.families.loading import read_index
+from sdtune.run_folder import weights_folder
 
 NOTES = "sdtune.json"  # beside the weights of a run
 
@@ -45,25 +45,6 @@ def open_model(model: str, lora: str | None = None, *, device: torch.device, pre
         load_lora(family, file)
     building.place(family, device, building.frozen_dtype(device, precision))  # after them, so that it is rounded once
     return family
-
-
-def weights_folder(path: Path) -> Path:
-    """Of a run folder its final/, or its last checkpoint's weights/ while there is none; any other path as it is.
-
-    Raises:
-        WeightsError: the run has no weights yet.
-    """
-    if not (path / "run.yaml").is_file():
-        return path
-    if (path / "final").is_dir():
-        return path / "final"
-    checkpoints = all_checkpoints(path)
-    if not checkpoints:
-        raise WeightsError(
-            f"the run '{path}' has neither final/ nor a checkpoint yet; go on with it: "
-            f"sdtune train {path / 'run.yaml'} --resume"
-        )
-    return checkpoints[-1] / "weights"
 
 
 def read_notes(folder: Path) -> dict[str, Any]:

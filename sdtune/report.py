@@ -159,7 +159,9 @@ def learns(recipe: Mapping[str, Any]) -> str:
         return f"every weight of the UNet{also}"
     targets = adapter["targets"]
     where = TARGETS.get(targets, targets) if isinstance(targets, str) else ", ".join(targets)
-    return f"a {ADAPTERS_IN_WORDS[adapter['kind']]} of rank {adapter['rank']} on the {where}{also}"
+    begun = f", begun from {adapter['init_from']}," if adapter.get("init_from") else ""
+    rank = f" of rank {adapter['rank']}" if adapter["rank"] else ""
+    return f"a {ADAPTERS_IN_WORDS[adapter['kind']]}{rank}{begun} on the {where}{also}"
 
 
 def samples(folder: Path) -> list[dict[str, Any]]:

@@ -99,7 +99,7 @@ class Run:
             self.folder.start(dump(self.recipe), self.step)
 
     def class_source(self, settings: DataSource) -> Source:
-        """Class pictures, which the base draws where they are missing. (A new adapter changes nothing as yet.)"""
+        """Class pictures, drawn where they are missing by what the run begins with: the base, or adapter.init_from."""
         from sdtune.class_pictures import draw_class_pictures
 
         if distributed.is_main():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sdtune import distributed
 from sdtune.checkpoint import all_checkpoints, write_text, written_aside
 from sdtune.data.buckets import Bucket
-from sdtune.errors import RunError
+from sdtune.errors import RunError, WeightsError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -114,6 +114,25 @@ class RunFolder:
             for i, picture in enumerate(pictures):
                 picture.save(folder / f"{i:02d}.png")
             (folder / "prompts.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+
+def weights_folder(path: Path) -> Path:
+    """Of a run folder its final/, or its last checkpoint's weights/ while there is none; any other path as it is.
+
+    Raises:
+        WeightsError: the run has no weights yet.
+    """
+    if not (path / "run.yaml").is_file():
+        return path
+    if (path / "final").is_dir():
+        return path / "final"
+    checkpoints = all_checkpoints(path)
+    if not checkpoints:
+        raise WeightsError(
+            f"the run '{path}' has neither final/ nor a checkpoint yet; go on with it: "
+            f"sdtune train {path / 'run.yaml'} --resume"
+        )
+    return checkpoints[-1] / "weights"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

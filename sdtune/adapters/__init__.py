@@ -16,7 +16,7 @@ ADAPTERS = {
     "loha": "sdtune.adapters.loha:LoHa",
 }
 
-LOW_RANK = ("rank", "alpha", "targets")
+LOW_RANK = ("rank", "alpha", "targets", "init_from")
 # The settings of a recipe's `adapter` that each kind is made from.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "full": (),

@@ -16,13 +16,18 @@ from sdtune.families.base import Family
 class LoHa(LowRank):
     """Beside the weight (out, in) stands alpha / rank * (B1 A1) * (B2 A2), both of that rank."""
 
-    name = "LoHa"
+    name, kind = "LoHa", "loha"
 
-    def config(self, targets: list[str]) -> Any:
+    def config(self, targets: list[str], ranks: dict[str, int]) -> Any:
         """See `LowRank.config`."""
         from peft import LoHaConfig
 
-        return LoHaConfig(r=self.rank, alpha=self.alpha, target_modules=targets)  # type: ignore[arg-type]
+        return LoHaConfig(
+            r=self.rank,
+            alpha=self.alpha,  # type: ignore[arg-type]
+            target_modules=targets,
+            rank_pattern=ranks,
+        )
 
     def numbers(self, layer: nn.Linear | nn.Conv2d) -> int:
         """See `LowRank.numbers`."""

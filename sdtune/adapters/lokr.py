@@ -18,23 +18,24 @@ class LoKr(LowRank):
     """Beside the weight (out, in) stands alpha / rank * W1 (x) W2, where W2 is B A of that rank if that is smaller.
 
     Args:
-        rank, alpha, targets: see `LowRank`.
+        rank, alpha, targets, init_from: see `LowRank`.
         factor: about the side of W1, at most; -1 makes the sides of W1 and W2 as equal as they go.
     """
 
-    name = "LoKr"
+    name, kind = "LoKr", "lokr"
 
     def __init__(
         self,
-        rank: int = 16,
+        rank: int | None = None,
         alpha: float | None = None,
         targets: str | Sequence[str] = "attention",
+        init_from: Path | None = None,
         factor: int = -1,
     ) -> None:
-        super().__init__(rank, alpha, targets)
+        super().__init__(rank, alpha, targets, init_from)
         self.factor = factor
 
-    def config(self, targets: list[str]) -> Any:
+    def config(self, targets: list[str], ranks: dict[str, int]) -> Any:
         """See `LowRank.config`."""
         from peft import LoKrConfig
 
@@ -42,6 +43,7 @@ class LoKr(LowRank):
             r=self.rank,
             alpha=self.alpha,  # type: ignore[arg-type]
             target_modules=targets,
+            rank_pattern=ranks,
             decompose_factor=self.factor,
         )
 

@@ -5,7 +5,6 @@ Scaling Factor for Fine-Tuning with LoRA"; Liu et al. 2024, "DoRA: Weight-Decomp
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,10 +19,10 @@ from sdtune.families.saving import historical_key
 class Lora(LowRank):
     """Adapter `lora`: beside a weight (out, in) stands alpha / rank * B A; A (rank, in), B (out, rank), at first 0."""
 
-    name = "LoRA"
+    name, kind = "LoRA", "lora"
     options: ClassVar[dict[str, bool]] = {}
 
-    def config(self, targets: list[str]) -> Any:
+    def config(self, targets: list[str], ranks: dict[str, int]) -> Any:
         """See `LowRank.config`."""
         from peft import LoraConfig
 
@@ -31,6 +30,7 @@ class Lora(LowRank):
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             target_modules=targets,
+            rank_pattern=ranks,
             init_lora_weights=True,
             **self.options,  # type: ignore[arg-type]
         )
@@ -62,10 +62,15 @@ class RsLora(Lora):
 
     options: ClassVar[dict[str, bool]] = {"use_rslora": True}
 
+    def alpha_of(self, scale: float) -> float:
+        """See `LowRank.alpha_of`."""
+        return scale * self.rank**0.5
+
 
 class Dora(Lora):
     """Adapter `dora`: the length of each output's weights learns apart from their direction."""
 
+    kind = "dora"
     options: ClassVar[dict[str, bool]] = {"use_dora": True}
 
     def numbers(self, layer: nn.Linear | nn.Conv2d) -> int:
@@ -87,7 +92,9 @@ def layer_settings(network: Any) -> dict[str, Any]:
     rsLoRA is written as the LoRA that it is, of a larger alpha, because not all readers know of its scale.
     """
     config = network.peft_config["default"]
-    factor = config.r**0.5 if config.use_rslora else 1.0
-    values: Mapping[str, Any] = config.to_dict() | {"use_rslora": False, "lora_alpha": config.lora_alpha * factor}
+    values: dict[str, Any] = config.to_dict()
+    if config.use_rslora:
+        values |= {"use_rslora": False, "lora_alpha": config.lora_alpha * config.r**0.5}
+        values["alpha_pattern"] = {name: config.lora_alpha * rank**0.5 for name, rank in config.rank_pattern.items()}
     kept = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
     return {key: sorted(values[key]) if isinstance(values[key], (set, list)) else values[key] for key in kept}

@@ -1,11 +1,13 @@
 """What LoRA and its relatives share: peft puts small factors beside frozen layers, and only they learn."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sdtune.adapters.base import Parameters, learnable
+from sdtune.adapters.starting import Start
 from sdtune.diffusion import draws
 from sdtune.errors import UsageError
 from sdtune.families.base import Family
@@ -30,24 +32,43 @@ class LowRank:
     """The settings that LoRA and its relatives have in common.
 
     Args:
-        rank: width of the factors.
-        alpha: the update is scaled by alpha / rank; None means alpha = rank.
+        rank: width of the factors; None means that of `init_from`, else 16.
+        alpha: the update is scaled by alpha / rank; None means that of `init_from`, else alpha = rank.
         targets: a name of `DENOISER_TARGETS`, or endings of the denoiser's module names (of text encoders the
             attention then learns).
+        init_from: file or folder with the factors to begin with, in any style; None begins with no update.
     """
 
     writes_base = False
     name = "low-rank adapter"
+    kind = ""  # as `LoraLayer.kind` names it
 
-    def __init__(self, rank: int = 16, alpha: float | None = None, targets: str | Sequence[str] = "attention") -> None:
-        self.rank, self.alpha = rank, float(rank) if alpha is None else alpha
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        targets: str | Sequence[str] = "attention",
+        init_from: Path | None = None,
+    ) -> None:
+        self.asked = rank, alpha
+        self.rank = rank or 16
+        self.alpha = float(self.rank) if alpha is None else alpha
+        self.init_from = init_from
         self.targets = DENOISER_TARGETS[targets] if isinstance(targets, str) else list(targets)
         self.text_targets = TEXT_TARGETS[targets] if isinstance(targets, str) else TEXT_ATTENTION
         self.networks: tuple[str, ...] = ()
 
-    def config(self, targets: list[str]) -> Any:
-        """peft's configuration for layers whose names end in one of `targets`."""
+    def config(self, targets: list[str], ranks: dict[str, int]) -> Any:
+        """peft's configuration for layers whose names end in one of `targets`.
+
+        Args:
+            ranks: of the layers that have another than `rank`, by name.
+        """
         raise NotImplementedError
+
+    def alpha_of(self, scale: float) -> float:
+        """The alpha that makes a scale."""
+        return scale * self.rank
 
     def numbers(self, layer: nn.Linear | nn.Conv2d) -> int:
         """How many numbers learn beside a layer."""
@@ -57,20 +78,29 @@ class LowRank:
         """Put factors beside each target; see `Adapter.attach`.
 
         Raises:
-            UsageError: no layer of a network ends in one of the targets.
+            UsageError: no layer of a network ends in one of the targets, or `init_from` is of another kind, rank or
+                layout. WeightsError: `init_from` cannot be read, or was made for another model.
         """
         self.networks = tuple(networks)
+        start = None if self.init_from is None else Start.read(self.init_from, family, self.kind)
+        ranks: dict[str, dict[str, int]] = {}
+        if start is not None:
+            rank, alpha = self.asked
+            self.rank, ranks = start.ranks(rank)
+            self.alpha = self.alpha_of(start.scale) if alpha is None else alpha
         learning: dict[str, Parameters] = {}
         for name in networks:
             targets = self.targets if name == family.denoiser else self.text_targets
             network = family.modules[name]
             with draws.seeded_globals(seed, f"weights of the {self.name} of {name}"):
-                inject(network, self.config(targets), targets, name)
+                inject(network, self.config(targets, ranks.get(name, {})), targets, name)
             network.train()
             factors = {key: p for key, p in network.named_parameters() if p.requires_grad}
             for parameter in factors.values():
                 parameter.data = parameter.data.float()
             learning[name] = learnable(family, name, factors)
+        if start is not None:
+            start.fill(family, networks)
         return learning
 
 

@@ -149,6 +149,8 @@ def _adapter(recipe: Recipe) -> Iterator[Fault]:
     adapter = recipe.adapter
     if recipe.task == "autoencoding" and adapter.kind != "full":
         yield "adapter.kind", f"got '{adapter.kind}', expected full: an autoencoding run trains the whole VAE"
+    if adapter.init_from is not None and not Path(resolve_asset(adapter.init_from)).exists():
+        yield "adapter.init_from", f"'{adapter.init_from}' does not exist; name a LoRA file, or a folder or run"
     if adapter.factor < 2 and adapter.factor != -1:
         yield "adapter.factor", f"got {adapter.factor}, expected at least 2, or -1 for near the square root"
     if recipe.model.inpaint and adapter.kind != "full":

@@ -47,13 +47,23 @@ class AdapterSettings(Section):
     """Which parameters learn."""
 
     kind: str = Field("lora", description="A name of sdtune.adapters.ADAPTERS; full: every parameter.")
-    rank: int = Field(16, ge=1, description="LoRA and its relatives: width of the factors.")
+    init_from: str | None = Field(
+        None,
+        description="LoRA and its relatives: file, folder or run with the factors to begin with, in any format that "
+        "`sdtune sample` reads.",
+    )
+    rank: int | None = Field(
+        None,
+        ge=1,
+        validate_default=True,
+        description="LoRA and its relatives: width of the factors; null: 16, or that of adapter.init_from.",
+    )
     alpha: float | None = Field(
         None,
         gt=0,
         validate_default=True,
         description="LoRA and its relatives: the update is scaled by alpha / rank (rslora: alpha / sqrt(rank)); null: "
-        "the rank.",
+        "the rank, or that of adapter.init_from.",
     )
     targets: str | list[str] = Field(
         "attention",
@@ -63,11 +73,16 @@ class AdapterSettings(Section):
     factor: int = Field(-1, description="LoKr: about the side of the first matrix, at most; -1: near the square root.")
     text_encoder: bool = Field(False, description="Whether the text encoder learns too.")
 
+    @field_validator("rank")
+    @classmethod
+    def _rank_is_16(cls, rank: int | None, info: ValidationInfo) -> int | None:
+        return 16 if rank is None and info.data.get("init_from") is None else rank
+
     @field_validator("alpha")
     @classmethod
     def _alpha_is_rank(cls, alpha: float | None, info: ValidationInfo) -> float | None:
-        rank = info.data.get("rank")
-        return float(rank) if alpha is None and rank is not None else alpha
+        rank, begins = info.data.get("rank"), info.data.get("init_from") is not None
+        return float(rank) if alpha is None and rank is not None and not begins else alpha
 
 
 class Objective(Section):
