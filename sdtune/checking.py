@@ -102,8 +102,8 @@ def data_set_entries(target: str, prompt: str | None, image_column: str, text_co
 
 def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> tuple[Report, Facts, dict[str, Any]]:
     """A recipe's data sets and models. Raises ConfigError with all its faults."""
-    from sdtune.building import make_source, picture_size
-    from sdtune.estimate import disk_findings, estimate, recipe_facts
+    from sdtune.building import make_buckets, make_source, picture_size, reads_masks
+    from sdtune.estimate import disk_findings, estimate, latents_of, recipe_facts
     from sdtune.libraries import prepare
 
     prepare()
@@ -130,10 +130,11 @@ def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> 
     text = recipe.task == "denoising"
     report = check(
         entries,
-        Frame(*picture_size(recipe)),
+        Frame(*picture_size(recipe), make_buckets(recipe, latents_of(recipe)[1])),
         reader=reader if text else None,
         trigger=trigger,
         held_out=partial(set_aside, recipe),
+        masks=reads_masks(recipe),
         watch=watch,
     )
     models = named_models(recipe)

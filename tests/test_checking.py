@@ -175,6 +175,33 @@ def test_a_recipe(recipe, capsys, sd):
     assert "the model's own tokenizer" in text
 
 
+def test_the_buckets_of_a_recipe(recipe, photos, capsys):
+    for number in range(2):
+        (photos / f"{number}.jpg").write_bytes(encoded(drawing(number, (80, 160))))
+    file = recipe(images={"resolution": 64, "buckets": True})
+    code, values = checked(capsys, file)
+    assert code == 0
+    found = {(each["width"], each["height"]): each["pictures"] for each in values["buckets"]}
+    assert found == {(48, 80): 2, (72, 56): 4}
+    assert values["sizes"]["resize"]["cropped_mean"] < 0.15
+    assert checking.command(file) == 0
+    shown = capsys.readouterr().out.splitlines()
+    table = shown.index("width x height  pictures  cut away")
+    rows = [line.split()[:4] for line in shown[table + 1 : table + 3]]
+    assert rows == [["48", "x", "80", "2"], ["72", "x", "56", "4"]]
+    with pytest.raises(ConfigError, match="images.bucket_step"):
+        checking.command(file, ["images.bucket_step=24"])
+
+
+def test_missing_masks_are_fatal_where_the_recipe_reads_them(recipe, photos, capsys):
+    rows = [{"file_name": f"{n}.jpg", "text": "a", "mask_file_name": f"masks/{n}.png"} for n in range(6)]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, values = checked(capsys, recipe())
+    assert code == 0 and kinds(values)["mask missing"]["level"] == "warning"
+    code, values = checked(capsys, recipe(objective={"outside_mask": 0.1}))
+    assert code == 1 and kinds(values)["mask missing"]["count"] == 6
+
+
 def test_every_shipped_recipe_of_the_tiny_model(capsys):
     for name in ("lora_tiny", "dreambooth_lora_tiny"):
         code, values = checked(capsys, name)

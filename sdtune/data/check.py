@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from sdtune.data.check_captions import Captioned, Reader, caption_findings
 from sdtune.data.check_findings import Finding, about, is_fatal, worst_first
+from sdtune.data.check_masks import Masked, mask_findings, mask_of
 from sdtune.data.check_reading import Entry, Reading, read
 from sdtune.data.check_scan import Look, look_at_all
 from sdtune.data.check_sizes import Frame, size_findings
@@ -68,6 +69,11 @@ class Report:
         return [each.look for each in self.pictures if not each.look.fault]
 
     @property
+    def learnt(self) -> list[Look]:
+        """The looks of all instance pictures that can be read."""
+        return [e.look for e in self.pictures if not e.look.fault and e.reading.entry.role == "instance"]
+
+    @property
     def captions(self) -> int:
         """How many there are."""
         return sum(len(each.picture.captions) for each in self.pictures)
@@ -81,6 +87,7 @@ def check(
     trigger: str | None = None,
     held_out: Callable[[Sequence[Reading]], set[Identity]] | None = None,
     threshold: int = ALIKE,
+    masks: bool = False,
     watch: Callable[[Iterator[Look], int], Iterable[Look]] = lambda looks, total: looks,
 ) -> Report:
     """Reads, opens and compares all pictures of some data sets.
@@ -92,11 +99,13 @@ def check(
         trigger: what each caption of an instance picture must hold.
         held_out: pictures of instance sources that the run will set aside for validation.
         threshold: bits of the hash in which pictures that look alike may differ.
+        masks: whether training uses the masks of pictures.
         watch: passes the looks on, of so many in all, and may show how far they are.
     """
     readings = [read(entry) for entry in entries]
     pairs = [(reading, picture) for reading in readings for picture in reading.pictures]
-    unique = {(picture.origin, picture.name): picture for _, picture in pairs}
+    drawn = [mask_of(picture) for _, picture in pairs if picture.mask is not None]
+    unique = {(picture.origin, picture.name): picture for picture in [*(picture for _, picture in pairs), *drawn]}
     looks = dict(zip(unique, watch(look_at_all(list(unique.values())), len(unique)), strict=True))
     seen = [Seen(reading, picture, looks[picture.origin, picture.name]) for reading, picture in pairs]
     equal, alike = _twins(seen, threshold)
@@ -114,6 +123,15 @@ def check(
             [f"{each.name} ({each.look.fault})" for each in seen if each.look.fault],
             "pictures that cannot be read",
             "replace them, or leave them out of a copy with --fix OUT",
+        ),
+        *mask_findings(
+            [
+                Masked(e.name, e.picture, e.look, looks[e.picture.origin, mask_of(e.picture).name])
+                for e in seen
+                if e.picture.mask is not None
+            ],
+            [each.name for each in seen if each.picture.mask is None and each.reading.entry.role == "instance"],
+            masks,
         ),
         *size_findings([(each.name, each.look) for each in seen if not each.look.fault], frame),
         *caption_findings(texts, reader() if reader is not None else None, trigger),

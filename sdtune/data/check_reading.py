@@ -22,6 +22,7 @@ from sdtune.data.splits import splits_of
 from sdtune.errors import DataError, SdtuneError
 
 Row = dict[str, Any]
+MASK_KEY = "mask_file_name"
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,16 @@ def _found(reading: Reading, name: str, rows: list[Row], there: set[str]) -> lis
     if leads_out(name) or not (name in there or (reading.folder / name).is_file()):
         return []
     captions = [text for row in rows for text in _texts(row, reading.entry.text_column)]
-    return [_picture(reading.folder, name, tuple(captions))]
+    masks = [row[MASK_KEY] for row in rows if _is_name(MASK_KEY, row.get(MASK_KEY))]
+    return [_picture(reading.folder, name, tuple(captions), masks[0] if masks else None)]
 
 
-def _picture(folder: Path, name: str, captions: tuple[str, ...]) -> Picture:
-    path = os.path.join(folder, *name.split("/"))
-    return Picture(name, captions, 1.0, partial(str, path), origin=os.path.abspath(folder))
+def _picture(folder: Path, name: str, captions: tuple[str, ...], mask: str | None = None) -> Picture:
+    def reader(name: str) -> partial[str]:
+        return partial(str, os.path.join(folder, *name.split("/")))
+
+    origin = os.path.abspath(folder)
+    return Picture(name, captions, 1.0, reader(name), origin, None if mask is None else reader(mask))
 
 
 def _texts(row: Row, text_column: str) -> list[str]:

@@ -2,8 +2,10 @@
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from sdtune.data.buckets import Bucket, bucket_table, table_lines
 from sdtune.data.check import Report
 from sdtune.data.check_findings import Finding
 from sdtune.data.check_sizes import size_tables
@@ -26,6 +28,7 @@ def as_text(report: Report, title: str, facts: Sequence[tuple[str, str]]) -> str
     lines += [""] if report.findings else []
     for label, text in [*_sizes(report), *facts]:
         lines += textwrap.wrap(text, WIDTH, initial_indent=f"{label:<13}", subsequent_indent=" " * 13)
+    lines += ["", *table_lines(_buckets(report))] if report.frame.buckets else []
     fatal = sum(finding.level == "fatal" for finding in report.findings)
     kinds = "1 kind of fault stands" if fatal == 1 else f"{fatal} kinds of faults stand"
     lines += ["", f"training would fail: {kinds} in its way" if fatal else "nothing stands in the way of training"]
@@ -52,10 +55,17 @@ def as_values(report: Report, facts: Mapping[str, Any]) -> dict[str, Any]:
         "bytes": sum(look.size for look in report.good),
         "findings": findings,
         "sizes": size_tables(report.good, report.frame),
+        "buckets": [asdict(each) for each in _buckets(report)],
         "equal": [[report.pictures[number].name for number in group] for group in report.equal],
         "alike": [[report.pictures[number].name for number in group] for group in report.alike],
         **facts,
     }
+
+
+def _buckets(report: Report) -> list[Bucket]:
+    """The sizes that instance pictures have in training; none without buckets."""
+    buckets = report.frame.buckets
+    return bucket_table(buckets, [(look.height, look.width) for look in report.learnt]) if buckets else []
 
 
 def megabytes(size: float) -> str:
@@ -92,6 +102,6 @@ def _sizes(report: Report) -> Iterator[tuple[str, str]]:
     yield "modes", ",  ".join(f"{name} {number}" for name, number in tables["modes"].items())
     yield (
         "resizing",
-        f"to {resize['width']} x {resize['height']} px: {resize['enlarged']} enlarged, {resize['reduced']} reduced; "
+        f"to {report.frame.name}: {resize['enlarged']} enlarged, {resize['reduced']} reduced; "
         f"{resize['cropped_mean']:.0%} of a picture is cropped away on average",
     )

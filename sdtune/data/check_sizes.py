@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdtune.data.buckets import Buckets, Size, cut_away, scale
 from sdtune.data.check_findings import Finding, about
 from sdtune.data.check_scan import Look
 
@@ -18,19 +19,28 @@ MUCH = 0.4  # of a picture that is cropped away; a 16:9 picture in a square lose
 
 @dataclass(frozen=True)
 class Frame:
-    """Size of the training pictures, in pixels."""
+    """Size of the training pictures, in pixels; with `buckets` each has its own."""
 
     height: int
     width: int
+    buckets: Buckets | None = None
+
+    def of(self, look: Look) -> Size:
+        """Height and width of one picture in training."""
+        return self.buckets.size_for((look.height, look.width)) if self.buckets else (self.height, self.width)
 
     def scale(self, look: Look) -> float:
-        """By how much a picture is enlarged until it covers the frame; below 1 it is reduced."""
-        return max(self.height / look.height, self.width / look.width)
+        """By how much a picture is enlarged until it covers its frame; below 1 it is reduced."""
+        return scale((look.height, look.width), self.of(look))
 
     def lost(self, look: Look) -> float:
         """Share of a picture that is cropped away, in [0, 1)."""
-        scale = self.scale(look)
-        return max(0.0, 1 - self.height * self.width / (look.height * look.width * scale**2))
+        return cut_away((look.height, look.width), self.of(look))
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return "the sizes of their buckets" if self.buckets else f"{self.width} x {self.height} px"
 
 
 def size_findings(pictures: Sequence[tuple[str, Look]], frame: Frame) -> list[Finding]:
@@ -49,7 +59,7 @@ def size_findings(pictures: Sequence[tuple[str, Look]], frame: Frame) -> list[Fi
             "note",
             "enlarged",
             [f"{name} ({look.width} x {look.height})" for scale, name, look in small if 1 < scale <= TOO_SMALL],
-            f"pictures that are enlarged to {frame.width} x {frame.height}",
+            f"pictures that are enlarged to {frame.name}",
             "take larger ones where you have them",
         ),
         *about(

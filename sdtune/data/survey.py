@@ -114,13 +114,13 @@ def _look(picture: Picture, whole: bool, masks: bool) -> Look:
         return Look(size, tuple(broken))
     mask_name, mask_size, mask_fault = _open(picture.mask, f"{picture.origin}: mask of {picture.name}", whole)
     broken += [(mask_name, mask_fault)] if mask_fault else []
-    if broken or _same_shape(mask_size, size):
+    if broken or same_shape(mask_size, size):
         return Look(size, tuple(broken))
     (height, width), (mask_height, mask_width) = size, mask_size
     return Look(size, (), f"{mask_name} is {mask_width} x {mask_height}, its picture {width} x {height}")
 
 
-def _same_shape(mask: Size, picture: Size) -> bool:
+def same_shape(mask: Size, picture: Size) -> bool:
     """Whether a mask has the proportions of its picture, to a pixel of its shorter side."""
     short, long = (0, 1) if picture[0] <= picture[1] else (1, 0)
     return abs(mask[short] - mask[long] * picture[short] / picture[long]) <= 1

@@ -208,7 +208,7 @@ def test_metadata_of_sub_folders_and_masks(photos):
     row = {"text": "x", "mask_file_name": "mask.png"}
     write_rows(inner, [{"file_name": "a.png", **row}, {"file_name": "gone.png", **row}])
     report = look_through(photos)
-    assert kinds(report).keys() == {"missing"} and report.findings[0].names == ("inner/gone.png",)
+    assert kinds(report).keys() == {"missing", "no mask"} and report.findings[0].names == ("inner/gone.png",)
     assert "inner/mask.png" not in {each.picture.name for each in report.pictures}
 
 

@@ -10,6 +10,9 @@ from PIL import Image
 
 from data_tools import coco
 from sdtune.data.batches import collate
+from sdtune.data.check import check
+from sdtune.data.check_reading import Entry
+from sdtune.data.check_sizes import Frame
 from sdtune.data.dataset import TrainingSet, validation_examples
 from sdtune.data.images import cut, read_mask
 from sdtune.data.sources import load_source
@@ -162,3 +165,43 @@ def test_the_masks_that_coco_writes(shared_data, tmp_path):
     count = len(source.pictures)
     with pytest.raises(DataError, match=f"{count} pictures cannot be read: .*and {count - 5} more"):
         survey([source], masks=True)
+
+
+# --- sdtune check -----------------------------------------------------------------------------------------------------
+
+
+def findings(folder, masks):
+    entry = Entry(lambda: load_source(path=folder), path=folder)
+    return {finding.kind: finding for finding in check([entry], Frame(8, 8), masks=masks).findings}
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_check_tells_what_is_wrong_with_masks(make_folder, used):
+    names = [f"{number}.png" for number in range(5)]
+    rows = [{"file_name": name, "text": name, "mask_file_name": f"masks/{name}"} for name in names]
+    del rows[4]["mask_file_name"]
+    folder = make_folder("photos", {name: [] for name in names}, size=(40, 30), rows=rows)
+    for name, size in (("1.png", (40, 30)), ("2.png", (30, 40)), ("3.png", (20, 15))):
+        write_mask(folder, size, name)
+    (folder / "masks" / "1.png").write_bytes(b"?")
+    found = findings(folder, used)
+    level = "fatal" if used else "warning"
+    assert (found["mask missing"].names, found["mask missing"].level) == (("0.png",), level)
+    assert (found["mask broken"].names, found["mask broken"].level) == (("1.png (not a picture)",), level)
+    shape = "2.png (mask 30 x 40, picture 40 x 30)"
+    assert (found["mask shape"].names, found["mask shape"].level) == ((shape,), level)
+    assert (found["no mask"].names, found["no mask"].level) == (("4.png",), "note")
+    assert "unreferenced" not in found
+
+
+def test_check_looks_at_masks_where_training_refuses_the_folder_too(photos):
+    rows = [*ROWS, {"file_name": "gone.png", "text": "x"}]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (photos / "masks" / "a.png").unlink()
+    found = findings(photos, masks=True)
+    assert found["missing"].names == ("gone.png",) and found["mask missing"].names == ("a.png",)
+
+
+def test_check_says_nothing_of_masks_where_there_are_none(make_folder):
+    folder = make_folder("photos", {"a.png": ["a"]})
+    assert "no mask" not in findings(folder, masks=False) and "no mask" in findings(folder, masks=True)
