@@ -3,14 +3,11 @@
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_tools.coco_json import CocoJson, Picture, Scalar, Shape
 from data_tools.coco_objects import Wanted, objects_of
 from data_tools.coco_pictures import Pictures, Rejected
-
-if TYPE_CHECKING:
-    pass
 
 ORIENTATION = 0x0112  # EXIF's tag for how a camera was held
 
@@ -50,14 +47,12 @@ def run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
             raise ValueError(f"its size is {shape.get('size')}, its picture's {[height, width]}")
         counts = shape.get("counts")
         if isinstance(counts, str):
-            lengths = {"size": [height, width], "counts": counts.encode()}
-            mask.decode(lengths)  # raises ValueError for what is none
-            return lengths
+            counts = uncompressed(counts)
         if not isinstance(counts, list) or any(type(count) is not int or count < 0 for count in counts):
             raise ValueError("its counts are no list of whole numbers")
-        if sum(counts) != height * width:
+        if sum(counts) != height * width:  # pycocotools would leave the other pixels as the memory happens to be
             raise ValueError(f"its counts are of {sum(counts)} pixels, its picture has {height * width}")
-        return mask.frPyObjects(shape, height, width)
+        return mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     if not isinstance(shape, list) or not shape:
         raise ValueError("it has neither polygons nor run lengths")
     for polygon in shape:
@@ -68,6 +63,31 @@ def run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
         if any(not abs(value) < 1e6 for value in polygon):  # NaN too
             raise ValueError("a polygon has a corner far from any picture")
     return mask.merge(mask.frPyObjects(shape, height, width))
+
+
+def uncompressed(text: str) -> list[int]:
+    """Run lengths out of COCO's text: 5 bits a character, the lowest first; from the fourth on as differences.
+
+    Raises:
+        ValueError: it ends within a number, or has other characters.
+
+    Source: rleFrString in pycocotools' maskApi.c.
+    """
+    counts: list[int] = []
+    value = bits = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64:
+            raise ValueError(f"its counts hold the character {character!r}")
+        value, bits = value | (code & 31) << bits, bits + 5
+        if code & 32:  # more of this number follows
+            continue
+        value -= (code & 16) << (bits - 4)  # the sign
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = bits = 0
+    if bits:
+        raise ValueError("its counts end within a number")
+    return counts
 
 
 def as_png(lengths: dict[str, Any], file: Path | None) -> bytes:

@@ -5,6 +5,7 @@ pass (rows without picture, pictures without row) is checked here.
 """
 
 import glob
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -97,6 +98,11 @@ class _Rows:
                 raise DataError(f"{folder / files[0]}, row {number + 1} names no picture; give it a file_name.")
             self.captions.setdefault(name, []).extend(captions_of(texts[number]))
             weight, mask = weights[number], masks[number]
+            if weight is not None and not _is_weight(weight):
+                raise DataError(
+                    f"{folder / files[0]}, row {number + 1}: the weight of {name} is {weight!r}; expected a number of "
+                    "at least 0, such as 1.0"
+                )
             if weight is not None and self.weights.setdefault(name, float(weight)) != weight:
                 raise _two_values(folder / files[0], name, "weight", self.weights[name], weight)
             if mask is not None and self.masks.setdefault(name, mask) != mask:
@@ -105,6 +111,10 @@ class _Rows:
     def picture(self, name: str, captions: tuple[str, ...]) -> Picture:
         """The picture of that name; one that no row names has weight 1 and no mask."""
         return _picture(self.folder, name, captions, self.weights.get(name, 1.0), self.masks.get(name))
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
 def _read_columns(folder: Path, files: list[str]) -> tuple[dict[str, list[Any]], set[str]]:

@@ -17,13 +17,16 @@ def archives(path: Path, split: str) -> list[Path]:
     Args:
         path: one such file, a pattern such as shards/*.tar, or a folder. A folder with pictures or metadata is taken
             as such; shards go before parquet files, which img2dataset writes beside them. Raises DataError where
-            there are splits, but not this one.
+            there are splits, but not this one, and where a pattern matches nothing.
         split: of files that carry the names of splits, as those of the Hub do, the ones of this split.
     """
     if path.is_file():
         return [path] if path.suffix.lower() in (TAR, PARQUET) else []
     if not path.exists() and has_magic(str(path)):
-        return [Path(file) for file in sorted(glob(str(path))) if Path(file).suffix.lower() in (TAR, PARQUET)]
+        matching = [Path(file) for file in sorted(glob(str(path))) if Path(file).suffix.lower() in (TAR, PARQUET)]
+        if not matching:
+            raise DataError(f"no .tar or .parquet file matches '{path}'; expected a pattern such as 'shards/*.tar'")
+        return matching
     if not path.is_dir():
         return []
     names = list_files(path)

@@ -63,10 +63,20 @@ def list_files(folder: str | Path) -> list[str]:
     """All files under `folder`, sorted, relative to it, with forward slashes.
 
     Hidden files and folders are passed over, and so are folders that start with two underscores, as `datasets` does.
+    Links to folders are followed, but for those to a folder above them.
     """
     folder, found = str(folder), []
+    above = {folder: (os.path.realpath(folder),)}  # of each folder: it and those above it, without links
     for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        real = above.pop(here)
+        for name in folders:
+            path = os.path.join(here, name)
+            above[path] = (*real, os.path.realpath(path) if os.path.islink(path) else os.path.join(real[-1], name))
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith((".", "__")) and above[os.path.join(here, name)][-1] not in real
+        ]
         inner = os.path.relpath(here, folder).replace(os.sep, "/")
         prefix = "" if inner == "." else inner + "/"
         found += [prefix + name for name in files if not name.startswith(".")]

@@ -10,6 +10,7 @@ Nothing is decoded here: a picture is its name, its captions and a way to read i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import has_magic
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
@@ -77,7 +78,7 @@ def load_source(
         raise ValueError(f"expected either path or hub, got path={path!r} and hub={hub!r}")
     if path is None:
         pictures = hub_pictures(str(hub), split, image_column, text_column, prompt, key)
-    elif not Path(path).exists() and looks_like_hub_id(str(path)):
+    elif not Path(path).exists() and not has_magic(str(path)) and looks_like_hub_id(str(path)):
         try:
             pictures = hub_pictures(str(path), split, image_column, text_column, prompt, key)
         except HubError as fault:

@@ -71,8 +71,16 @@ def test_shards_are_read_in_place(tmp_path: Path) -> None:
     assert [picture.captions for picture in alt.pictures] == [(f"alt {i}",) for i in range(4)]
     one = load_source(path=folder / "00001.tar")
     assert contents(one) == contents(load_source(path=str(folder / "*1.tar"))) == [png(2), png(3)]
+    with pytest.raises(DataError, match="no .tar or .parquet file matches"):
+        load_source(path=folder / "*2.tar")
     prompt = load_source(path=folder, prompt="sks")
     assert {picture.captions for picture in prompt.pictures} == {("sks",)}
+
+
+def test_a_relative_pattern_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    img2dataset(tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    assert contents(load_source(path="shards/*.tar")) == [png(i) for i in range(4)]
 
 
 def test_shards_with_folders_dots_and_several_pictures(tmp_path: Path) -> None:

@@ -88,3 +88,15 @@ def test_hidden_files_are_not_listed(tmp_path):
     for name in ["b.png", "a/c.png", ".hidden.png", ".git/d.png", "__MACOSX/e.png", "__f.png"]:
         write_atomically(tmp_path / name, b"")
     assert list_files(tmp_path) == ["__f.png", "a/c.png", "b.png"]
+
+
+def test_links_to_folders_are_followed_but_not_round_and_round(tmp_path):
+    photos, other = tmp_path / "photos", tmp_path / "other"
+    for name in ["photos/a.png", "photos/sub/b.png", "other/c.png"]:
+        write_atomically(tmp_path / name, b"")
+    for link, to in [("x", photos), ("y", photos), ("sub/up", photos), ("more", other), ("again", other)]:
+        (photos / link).symlink_to(to)
+    (other / "back").symlink_to(photos / "sub")
+    assert list_files(photos) == [
+        *("a.png", "again/back/b.png", "again/c.png", "more/back/b.png", "more/c.png", "sub/b.png"),
+    ]

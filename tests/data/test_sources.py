@@ -87,6 +87,14 @@ def test_weights_masks_and_other_keys(make_folder):
         load_source(path=make_folder("photos", pictures, rows=rows))
 
 
+@pytest.mark.parametrize("weight", ["heavy", -1, float("nan"), [1.0]])
+def test_a_weight_that_is_none_is_told_with_its_row(make_folder, weight):
+    rows = [{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": "two", "weight": weight}]
+    folder = make_folder("photos", {"a.png": [], "b.png": []}, rows=rows)
+    with pytest.raises(DataError, match="metadata.jsonl, row 2: the weight of b.png is .*; expected a number of at"):
+        load_source(path=folder)
+
+
 def test_other_columns_and_other_metadata_files(make_folder):
     rows = [{"file_name": "a.png", "caption": ["one", "two", " "]}]
     source = load_source(path=make_folder("lists", {"a.png": []}, rows=rows), text_column="caption")

@@ -53,11 +53,25 @@ def test_polygons_and_run_lengths_are_drawn():
         ({"size": [6, 9], "counts": [54]}, r"its size is \[6, 9\]"),
         ({"size": [6, 8], "counts": [40, 9]}, "its counts are of 49 pixels"),
         ({"size": [6, 8], "counts": [-1, 49]}, "no list of whole numbers"),
+        ({"size": [6, 8], "counts": ""}, "its counts are of 0 pixels, its picture has 48"),
+        ({"size": [6, 8], "counts": "=3"}, "its counts are of 16 pixels"),
+        ({"size": [6, 8], "counts": "P"}, "end within a number"),
+        ({"size": [6, 8], "counts": "\u00e9"}, "hold the character"),
     ],
 )
 def test_shapes_that_cannot_be_drawn(shape, says):
     with pytest.raises(ValueError, match=says):
         masks.run_lengths(shape, 6, 8)
+
+
+def test_compressed_run_lengths_are_those_of_pycocotools():
+    from pycocotools import mask
+
+    for seed in range(20):
+        pixels = (np.random.default_rng(seed).random((60, 80)) < 0.02 * seed).astype(np.uint8)
+        lengths = mask.encode(np.asfortranarray(pixels))
+        assert masks.uncompressed(lengths["counts"].decode()) == counts(pixels)
+        assert masks.run_lengths({"size": [60, 80], "counts": lengths["counts"].decode()}, 60, 80) == lengths
 
 
 def test_masks_turn_with_their_pictures(tmp_path):
