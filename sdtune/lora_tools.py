@@ -239,9 +239,9 @@ def info_command(place: str, *, base: str | None = None, as_json: bool = False) 
         print(json.dumps(facts))
     else:
         for name, value in facts.items():
-            if value is not None and name not in ("metadata", "refused"):
+            if value not in (None, []) and name not in ("metadata", "refused"):
                 print(f"{name:<9} {', '.join(map(str, value)) if isinstance(value, list) else value}")
-        for key, value in facts["metadata"].items():
+        for key, value in sorted(facts["metadata"].items()):
             print(f"  {key}: {value[:100]}{'...' if len(value) > 100 else ''}")
     if facts["refused"]:
         print(f"error: {facts['refused']}", file=sys.stderr)

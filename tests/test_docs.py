@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from sdtune.data.metadata import read_rows, write_rows
-from tests.factories import make_photos
+from sdtune.run import Run
+from tests.factories import make_photos, make_recipe
 
 ROOT = Path(__file__).parent.parent
 COCO = ROOT.parent / "shared" / "data" / "coco-mini"
@@ -57,6 +58,11 @@ def make_world(work: Path, page: str) -> None:
         shutil.copyfile(work / "photos" / "0.png", work / "photos" / "copy.png")
         rows = [*read_rows(work / "photos"), {"file_name": "copy.png", "text": "a dog"}]
         write_rows(work / "photos", [*rows, {"file_name": "gone.png", "text": "a dog"}])
+    if page == "export":  # two runs that taught a LoRA
+        recipe = make_recipe("tiny", work / "photos", work / "runs" / "rex", adapter={"rank": 8, "text_encoder": True})
+        write_rows(work / "photos", [{"file_name": f"{number}.png", "text": "rex"} for number in range(3)])
+        Run(recipe).complete()
+        shutil.copytree(work / "runs" / "rex", work / "runs" / "ada")
     make_photos(work / "coco-pictures", 2, captions=False)
     images = [{"id": number, "file_name": f"{number}.png"} for number in range(2)]
     notes = [{"id": number, "image_id": number, "caption": f"a dog {number}"} for number in range(2)]
