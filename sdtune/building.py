@@ -13,8 +13,9 @@ from sdtune.config import DataSource, ModelSettings, Recipe, resolve_asset
 from sdtune.data.batches import Batch, collate
 from sdtune.data.buckets import Buckets, Size, default_step
 from sdtune.data.dataset import TrainingSet, validation_examples
-from sdtune.data.examples import Example
+from sdtune.data.examples import Example, Known, nothing_known
 from sdtune.data.sources import Source, load_source
+from sdtune.data.store import Stores
 from sdtune.diffusion.objectives import Objective
 from sdtune.errors import DataError, UsageError
 from sdtune.families import family_class
@@ -153,8 +154,8 @@ def learning_networks(recipe: Recipe, family: Family) -> list[str]:
     return [family.denoiser, *(family.text_encoders if recipe.adapter.text_encoder else ())]
 
 
-def make_task(recipe: Recipe, family: Family) -> Task:
-    """What is learned; call it after the adapter is attached."""
+def make_task(recipe: Recipe, family: Family, stores: Stores | None = None) -> Task:
+    """What is learned; call it after the adapter is attached. `stores` hold what was encoded before."""
     if recipe.task == "autoencoding":
         settings = recipe.reconstruction
         return AutoencodingTask(family, l1=settings.l1, l2=settings.l2, kl=settings.kl)
@@ -168,6 +169,7 @@ def make_task(recipe: Recipe, family: Family) -> Task:
         objective=make_objective(recipe),
         cache=recipe.train.cache,
         own_masks=recipe.images.masks == "given",
+        stores=stores,
     )
 
 
@@ -215,9 +217,13 @@ def make_buckets(recipe: Recipe, factor: int) -> Buckets | None:
 
 
 def make_training_set(
-    recipe: Recipe, sources: Sequence[Source], buckets: Buckets | None = None, processes: int = 1
+    recipe: Recipe,
+    sources: Sequence[Source],
+    buckets: Buckets | None = None,
+    processes: int = 1,
+    known: Known = nothing_known,
 ) -> TrainingSet:
-    """The samples of a run of so many processes."""
+    """The samples of a run of so many processes; those of `known` latents have no pixels."""
     height, width = picture_size(recipe)
     return TrainingSet(
         sources,
@@ -233,15 +239,21 @@ def make_training_set(
         seed=recipe.train.seed,
         background=recipe.images.background,
         masks=reads_masks(recipe),
+        known=known,
     )
 
 
 def make_held_out(
-    recipe: Recipe, sources: Sequence[Source], count: int, batch_size: int, buckets: Buckets | None = None
+    recipe: Recipe,
+    sources: Sequence[Source],
+    count: int,
+    batch_size: int,
+    buckets: Buckets | None = None,
+    known: Known = nothing_known,
 ) -> list[Batch]:
     """Batches of at most `count` pictures, as they are measured: without chance, each of one size."""
-    masks = reads_masks(recipe)
-    examples = validation_examples(sources, *picture_size(recipe), count, recipe.images.background, masks, buckets)
+    masks, size = reads_masks(recipe), picture_size(recipe)
+    examples = validation_examples(sources, *size, count, recipe.images.background, masks, buckets, known)
     frames: dict[Size, list[Example]] = {}
     for example in examples:
         frames.setdefault(example.frame, []).append(example)

@@ -2,20 +2,23 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sdtune import building, checkpoint, distributed
+from sdtune import building, caching, checkpoint, distributed
 from sdtune.config import DataSource, Recipe, dump, load
 from sdtune.config.memory_checks import needs_bitsandbytes
 from sdtune.data.batches import batches
 from sdtune.data.buckets import Bucket, bucket_table, table_lines
-from sdtune.data.dataset import held_out
+from sdtune.data.dataset import evenly, frame_of, held_out
+from sdtune.data.examples import Known
+from sdtune.data.picture import Picture
 from sdtune.data.sources import Source, fingerprint
 from sdtune.data.survey import survey
 from sdtune.errors import DataError, RunError, SdtuneError
@@ -24,7 +27,7 @@ from sdtune.logbook import Logbook
 from sdtune.optimizers import averaged, make_optimizer
 from sdtune.resuming import check_folder
 from sdtune.run_folder import RunFolder
-from sdtune.tasks import AutoencodingTask, TrainStep
+from sdtune.tasks import AutoencodingTask, DenoisingTask, TrainStep
 from sdtune.train import Ema, StepInfo, lr_factor, make_accelerator, prepare, train
 
 
@@ -114,9 +117,22 @@ class Run:
         settings = self.recipe.validation
         building.check_masks(self.recipe, sources)
         self.sources, self.validation = held_out(sources, settings.fraction, self.recipe.train.seed)
-        self.training = building.make_training_set(self.recipe, self.sources, self.buckets, distributed.world())
+        measured = replace(self.validation, pictures=evenly([self.validation], settings.count))
+        known = caching.known_views(self.recipe, self.stores, [*self.sources, measured])
+        self.training = building.make_training_set(self.recipe, self.sources, self.buckets, distributed.world(), known)
+        self.fill_cache(known, measured.pictures)
         size = self.recipe.train.batch_size
-        self.held_out = building.make_held_out(self.recipe, [self.validation], settings.count, size, self.buckets)
+        self.held_out = building.make_held_out(self.recipe, [measured], settings.count, size, self.buckets, known)
+
+    def fill_cache(self, known: Known, measured: Sequence[Picture]) -> None:
+        """Encode what `train.cache_dir` lacks of the pictures that are learned and those that are measured."""
+        if self.stores is None or not isinstance(self.task, DenoisingTask):
+            return
+        views = list(self.training.views())
+        views += [(picture, frame_of(picture, self.height, self.width, self.buckets), False) for picture in measured]
+        captions = [*self.training.captions(), *(picture.captions[0] for picture in measured)]
+        with self.accelerator.autocast():
+            caching.fill_stores(self.stores, known, self.task, views, captions)
 
     def make_learning(self) -> None:
         """Attach the adapter, join family and objective in a task, and prepare all for the device."""
@@ -138,7 +154,8 @@ class Run:
             betas=settings.betas,
             eps=settings.eps,
         )
-        self.task = building.make_task(recipe, self.family)
+        self.stores = caching.open_stores(recipe, self.family)
+        self.task = building.make_task(recipe, self.family, self.stores)
         self.module, self.optimizer = prepare(self.accelerator, TrainStep(self.task), optimizer)
         self.ema = None if recipe.train.ema is None else Ema(self.parameters, recipe.train.ema)
 

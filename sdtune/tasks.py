@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sdtune.data.batches import Batch
-from sdtune.data.cache import MemoryCache
+from sdtune.data.cache import RowCache
 from sdtune.data.images import to_float
 from sdtune.data.random_masks import random_mask
+from sdtune.data.store import Stores
 from sdtune.diffusion import draws
 from sdtune.diffusion.objectives import (
     PLAIN,
@@ -98,18 +99,25 @@ class DenoisingTask:
         cache: keep the latents of pictures, and the embeddings of captions when no text encoder learns, in memory.
             (Not those of pictures with a part hidden: they are encoded at every step.)
         own_masks: for inpainting: the pictures' own masks say what is hidden; else it is drawn at random.
+        stores: where those stand that were made before the training.
     """
 
     def __init__(
-        self, family: Family, *, objective: Objective = PLAIN, cache: bool = True, own_masks: bool = False
+        self,
+        family: Family,
+        *,
+        objective: Objective = PLAIN,
+        cache: bool = True,
+        own_masks: bool = False,
+        stores: Stores | None = None,
     ) -> None:
         self.family, self.objective, self.own_masks = family, objective, own_masks
         self.modules = family.modules
         self.schedule = family.schedule
         learns = any(p.requires_grad for name in family.text_encoders for p in family.modules[name].parameters())
         self.text_learns = learns
-        self.latents = MemoryCache() if cache else None
-        self.text = MemoryCache() if cache and not learns else None
+        self.latents = RowCache(stores.latents if stores else None) if cache else None
+        self.text = RowCache(stores.text if stores else None) if cache and not learns else None
 
     def draw(self, batch: Batch, seed: int) -> Draws:
         """See `Task.draw`."""
@@ -180,27 +188,32 @@ class DenoisingTask:
 
         def compute(rows: list[int]) -> tuple[Tensor, ...]:
             assert batch.pixels is not None
-            return self.family.encode_images(to_float(batch.pixels[rows]))
+            return self.encode_pixels(batch.pixels[rows])
 
         device = batch.weights.device
         if self.latents is None:
             return compute(list(range(len(batch.keys))))  # type: ignore[return-value]
         return self.latents.get(batch.keys, compute, device)  # type: ignore[return-value]
 
+    def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents, (B, C, h, w) each, of pixels (B, 3, H, W), uint8, on any device."""
+        return self.family.encode_images(to_float(pixels.to(self.modules["vae"].device)))
+
     def encode_text(self, captions: list[str]) -> Conditioning:
         """Embeddings of captions; from memory where they are known and cannot change."""
         if self.text_learns:
             return self.family.encode_text(captions)
 
-        def compute(rows: list[int]) -> tuple[Tensor, ...]:
-            found = self.family.encode_text([captions[i] for i in rows])
-            return (found.text,) if found.pooled is None else (found.text, found.pooled)
-
         with torch.no_grad():
             if self.text is None:
-                return Conditioning(*compute(list(range(len(captions)))))
+                return self.family.encode_text(captions)
             device = next(self.modules[self.family.denoiser].parameters()).device
-            return Conditioning(*self.text.get(captions, compute, device))
+            return Conditioning(*self.text.get(captions, lambda rows: self.embed([captions[i] for i in rows]), device))
+
+    def embed(self, captions: list[str]) -> tuple[Tensor, ...]:
+        """Token embeddings (B, L, D) and, of SDXL, pooled ones (B, P)."""
+        found = self.family.encode_text(captions)
+        return (found.text,) if found.pooled is None else (found.text, found.pooled)
 
 
 class AutoencodingTask:

@@ -501,7 +501,8 @@ def test_a_run_whose_pictures_changed_does_not_go_on(sd: Path, photos: Path, tmp
         Run(make_recipe(sd, mine, tmp_path / "run", output={"checkpoint_every": 1}, train={"steps": 2}), resume=True)
     run_yaml = tmp_path / "run" / "run.yaml"
     whole = run_yaml.read_text()
-    for content, told in ((whole[:30] + ": {", "it is not YAML"), (whole[: len(whole) // 2], "output: missing")):
+    cut_off = whole[: whole.index("\noutput:")]
+    for content, told in ((whole[:30] + ": {", "it is not YAML"), (cut_off, "output: missing")):
         run_yaml.write_text(content)
         with pytest.raises(RunError, match=f"run.yaml' cannot be read .*{told}"):
             Run(recipe, resume=True)

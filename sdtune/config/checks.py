@@ -35,7 +35,7 @@ def impossible(recipe: Recipe) -> list[Fault]:
     """All faults of settings that are well formed one by one."""
     checks = (
         *(_names, _start, _parts, _paths, _unused, _adapter, _objective, _sources, _measurements, _schedule),
-        *(_images, optimizer, _trackers, _machine),
+        *(_images, _cache, optimizer, _trackers, _machine),
     )
     return [fault for check in checks for fault in check(recipe)]
 
@@ -46,6 +46,7 @@ def unused_keys(recipe: Recipe) -> dict[str, str]:
     if recipe.task == "autoencoding":
         why = "an autoencoding run has no text and no timesteps; remove it"
         keys |= dict.fromkeys(DENOISING_ONLY, why)
+        keys["train.cache_dir"] = "an autoencoding run changes the VAE in each step, and the latents with it; remove it"
     else:
         keys["reconstruction"] = "is read by task: autoencoding only; remove it"
         if recipe.objective.loss != "huber":
@@ -260,6 +261,18 @@ def _buckets(images: Images) -> Iterator[Fault]:
     if most > images.bucket_aspect:
         what = f"got {images.bucket_aspect:g}, but the sides of images.resolution are as 1 to {most:.3g}"
         yield "images.bucket_aspect", f"{what}; expected at least that"
+
+
+def _cache(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.train.cache_dir is None:
+        return
+    if not recipe.train.cache:
+        yield "train.cache_dir", "got a folder and train.cache: false; remove one of them"
+    if recipe.images.crop == "random":
+        what = "each sample is cut out anew, so its latents cannot be made before; set images.crop=center or remove it"
+        yield "train.cache_dir", what
+    if Path(recipe.train.cache_dir).exists() and not Path(recipe.train.cache_dir).is_dir():
+        yield "train.cache_dir", f"'{recipe.train.cache_dir}' is a file, expected a folder; it is made if it is missing"
 
 
 def _trackers(recipe: Recipe) -> Iterator[Fault]:

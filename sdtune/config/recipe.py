@@ -224,6 +224,11 @@ class TrainSettings(Section):
     seed: int = Field(0, ge=0, description="Every random number of the run follows from it.")
     gradient_checkpointing: bool = Field(False, description="Less memory for more time.")
     cache: bool = Field(True, description="Keep latents and text embeddings in memory instead of encoding them anew.")
+    cache_dir: str | None = Field(
+        None,
+        description="Folder where latents and text embeddings are kept on disk, made before the training and shared by "
+        "runs; null: none.",
+    )
     ema: float | None = Field(None, gt=0, lt=1, description="Decay of the running mean of the weights; null: none.")
     workers: int = Field(0, ge=0, description="Processes that read pictures.")
 

@@ -5,18 +5,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Row = tuple[Tensor, ...]
+from sdtune.data.store import Row, Store
 
 
-class MemoryCache:
-    """Rows by key, in CPU memory, up to a limit; past it rows are computed each time.
+class RowCache:
+    """Rows by key: those of a store on disk, where there is one; others are computed and kept in memory.
 
     Args:
-        limit: bytes kept at most.
+        store: filled before; nothing is added to it here.
+        limit: bytes kept in memory at most; past it rows are computed each time.
     """
 
-    def __init__(self, limit: int = 2 * 2**30) -> None:
-        self.limit, self.used = limit, 0
+    def __init__(self, store: Store | None = None, limit: int = 2 * 2**30) -> None:
+        self.store, self.limit, self.used = store, limit, 0
         self.rows: dict[str, Row] = {}
 
     def get(
@@ -28,16 +29,24 @@ class MemoryCache:
             keys: one a row; the same key means the same row.
             compute: given positions in `keys`, returns tensors whose first dimension runs over them.
             device: where the answer is wanted.
+
+        Raises:
+            DataError: a row of the store cannot be read.
         """
-        fresh = {key: i for i, key in enumerate(keys) if key not in self.rows}
         found: dict[str, Row] = {}
-        if fresh:
-            for key, i in fresh.items():
+        for i, key in enumerate(keys):
+            row = found.get(key) or self.known(key)
+            if row is None:
                 # One at a time: beside others a row is rounded otherwise, and a resumed run would differ.
-                found[key] = tuple(column[0].detach().cpu() for column in compute([i]))
-                self.keep(key, found[key])
-        picked = [found[key] if key in found else self.rows[key] for key in keys]
+                row = tuple(column[0].detach().cpu() for column in compute([i]))
+                self.keep(key, row)
+            found[key] = row
+        picked = [found[key] for key in keys]
         return tuple(torch.stack(column).to(device) for column in zip(*picked, strict=True))
+
+    def known(self, key: str) -> Row | None:
+        """The row of a key, if it need not be computed."""
+        return self.store.read(key) if self.store is not None and key in self.store else self.rows.get(key)
 
     def keep(self, key: str, row: Row) -> None:
         """Remember a row while there is room."""

@@ -5,8 +5,9 @@ caption in any process, worker and order of asking. Which numbers a step takes i
 a stop by asking for the next numbers. Which picture a number stands for is said in `order.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, product
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils.data import get_worker_info
 
 from sdtune.data import images
 from sdtune.data.buckets import Buckets, Size
-from sdtune.data.examples import Example, pixel_key, read_mask, read_resized
+from sdtune.data.examples import Example, Known, nothing_known, pixel_key, read_mask, read_resized
 from sdtune.data.images import Crop
 from sdtune.data.order import InBuckets, Shuffled
 from sdtune.data.picture import Picture
@@ -44,6 +45,7 @@ class TrainingSet:
         seed: of the run.
         background: what shows through transparent pictures.
         masks: read them, where pictures have one.
+        known: which latents need no pixels.
 
     Raises:
         DataError: there are no instance pictures, or class sources hold none.
@@ -65,8 +67,10 @@ class TrainingSet:
         seed: int = 0,
         background: str = "white",
         masks: bool = False,
+        known: Known = nothing_known,
     ) -> None:
         self.crop, self.flip, self.tag_shuffle, self.keep_tags = crop, flip, tag_shuffle, keep_tags
+        self.known = known
         self.caption_dropout, self.seed, self.background, self.masks = caption_dropout, seed, background, masks
         self._instances = _rows(sources, "instance")
         self._classes = _rows(sources, "class")
@@ -102,26 +106,42 @@ class TrainingSet:
             examples.append(self._example(*self._classes[row], frame, number, "class"))
         return examples
 
+    def views(self) -> Iterator[tuple[Picture, Size, bool]]:
+        """Each picture with each size, and mirrored or not, that samples may show it in; in centre crops."""
+        flips = (False, True) if self.flip else (False,)
+        instances = dict.fromkeys((row[0], frame) for row, frame in zip(self._instances, self._frames, strict=True))
+        classes = product(dict.fromkeys(picture for picture, _ in self._classes), dict.fromkeys(self._frames))
+        for (picture, frame), flip in product(chain(instances, classes), flips):
+            yield picture, frame, flip
+
+    def captions(self) -> list[str]:
+        """The captions that samples may have, but for those whose tags are shuffled: they have no end."""
+        rows = [] if self.tag_shuffle else [*self._instances, *self._classes]
+        found = dict.fromkeys(caption for picture, _ in rows for caption in picture.captions)
+        return [*found, ""] if self.caption_dropout > 0 else list(found)
+
     def _example(self, picture: Picture, weight: float, frame: Size, number: int, role: str) -> Example:
         seed, (height, width) = self.seed, frame
-        pixels, original = self._resize(picture, frame)  # (3, h, w)
-        offset = (draws.uniform(seed, f"{role} across", number), draws.uniform(seed, f"{role} down", number))
-        top, left = images.place(pixels, height, width, self.crop, offset)
         flip = self.flip and draws.uniform(seed, f"{role} flip", number) < 0.5
         caption = picture.captions[draws.integer(len(picture.captions), seed, f"{role} caption", number)]
         if self.tag_shuffle:
             caption = shuffle_tags(caption, self.keep_tags, seed, f"{role} tags", number)
         if draws.uniform(seed, f"{role} dropout", number) < self.caption_dropout:
             caption = ""
-        mask = self._mask(picture, (pixels.shape[1], pixels.shape[2])) if self.masks else None
-        seen_left = pixels.shape[2] - width - left if flip else left  # in a mirrored picture, counted from its left
+        view = self.known(picture, frame, flip)
+        pixels, original = (None, view.original) if view else self._resize(picture, frame)  # (3, h, w)
+        resized = images.cover_size(*original, height, width)
+        offset = (draws.uniform(seed, f"{role} across", number), draws.uniform(seed, f"{role} down", number))
+        top, left = images.place(resized, height, width, self.crop, offset)
+        mask = self._mask(picture, resized) if self.masks else None
+        seen_left = resized[1] - width - left if flip else left  # in a mirrored picture, counted from its left
         return Example(
-            pixels=images.cut(pixels, height, width, top, left, flip),
+            pixels=None if pixels is None else images.cut(pixels, height, width, top, left, flip),
             caption=caption,
             weight=weight,
             instance=role == "instance",
             number=number,
-            key=pixel_key(picture, height, width, top, left, flip),
+            key=view.key if view else pixel_key(picture, height, width, top, left, flip),
             size=(*original, top, seen_left),
             frame=frame,
             mask=None if mask is None else images.cut(mask, height, width, top, left, flip),
@@ -184,6 +204,13 @@ def held_out(sources: Sequence[Source], fraction: float, seed: int) -> tuple[lis
     return training, Source(tuple(aside), role="validation")
 
 
+def evenly(sources: Sequence[Source], count: int) -> tuple[Picture, ...]:
+    """At most `count` pictures, evenly spread over the sources."""
+    pictures = [picture for source in sources for picture in source.pictures]
+    count = min(count, len(pictures))
+    return tuple(pictures[index * len(pictures) // count] for index in range(count))
+
+
 def validation_examples(
     sources: Sequence[Source],
     height: int,
@@ -192,31 +219,31 @@ def validation_examples(
     background: str = "white",
     masks: bool = False,
     buckets: Buckets | None = None,
+    known: Known = nothing_known,
 ) -> list[Example]:
-    """At most `count` pictures, evenly spread over the sources: centre crop, no flip, first caption, no dropout.
+    """At most `count` pictures, `evenly` chosen: centre crop, no flip, first caption, no dropout.
 
     With `buckets`, each has its own size.
 
     Raises:
         DataError: a picture cannot be read.
     """
-    pictures = [picture for source in sources for picture in source.pictures]
-    count = min(count, len(pictures))
-    chosen = [pictures[index * len(pictures) // count] for index in range(count)]
     examples = []
-    for number, picture in enumerate(chosen):
+    for number, picture in enumerate(evenly(sources, count)):
         frame = frame_of(picture, height, width, buckets)
-        pixels, original = read_resized(picture, *frame, background)  # (3, h, w)
-        top, left = images.place(pixels, *frame, "center", (0.5, 0.5))
-        mask = read_mask(picture, pixels.shape[1], pixels.shape[2]) if masks else None
+        view = known(picture, frame, False)
+        pixels, original = (None, view.original) if view else read_resized(picture, *frame, background)  # (3, h, w)
+        resized = images.cover_size(*original, *frame)
+        top, left = images.place(resized, *frame, "center", (0.5, 0.5))
+        mask = read_mask(picture, *resized) if masks else None
         examples.append(
             Example(
-                pixels=images.cut(pixels, *frame, top, left, flip=False),
+                pixels=None if pixels is None else images.cut(pixels, *frame, top, left, flip=False),
                 caption=picture.captions[0],
                 weight=picture.weight,
                 instance=True,
                 number=number,
-                key=pixel_key(picture, *frame, top, left, flip=False),
+                key=view.key if view else pixel_key(picture, *frame, top, left, flip=False),
                 size=(*original, top, left),
                 frame=frame,
                 mask=None if mask is None else images.cut(mask, *frame, top, left, flip=False),

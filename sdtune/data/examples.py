@@ -1,5 +1,6 @@
 """One picture as the model sees it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,6 +34,27 @@ class Example:
     size: tuple[int, int, int, int]
     frame: tuple[int, int]
     mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class KnownView:
+    """A picture in one frame, mirrored or not, whose latents a cache has.
+
+    Attributes:
+        key: as of `Example`.
+        original: height and width of the picture before it was resized.
+    """
+
+    key: str
+    original: tuple[int, int]
+
+
+# (picture, frame, mirrored) -> what stands for its pixels, or None where the picture must be read.
+Known = Callable[[Picture, tuple[int, int], bool], KnownView | None]
+
+
+def nothing_known(picture: Picture, frame: tuple[int, int], flip: bool) -> None:
+    """The `Known` of a run that keeps nothing on disk."""
 
 
 def read_resized(picture: Picture, height: int, width: int, background: str) -> tuple[Tensor, tuple[int, int]]:

@@ -65,7 +65,7 @@ def prepare(
         Pixels of shape (3, height, width), uint8.
     """
     pixels = cover(picture, height, width)
-    top, left = place(pixels, height, width, crop, offset)
+    top, left = place((pixels.shape[1], pixels.shape[2]), height, width, crop, offset)
     return cut(pixels, height, width, top, left, flip)
 
 
@@ -105,9 +105,11 @@ def upright_size(picture: Image.Image) -> tuple[int, int]:
     return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 
-def place(pixels: Tensor, height: int, width: int, crop: Crop, offset: tuple[float, float]) -> tuple[int, int]:
-    """Top and left of the frame in pixels of shape (3, h, w). Arguments as in `prepare`."""
-    down, across = pixels.shape[1] - height, pixels.shape[2] - width
+def place(
+    size: tuple[int, int], height: int, width: int, crop: Crop, offset: tuple[float, float]
+) -> tuple[int, int]:
+    """Top and left of the frame in a picture of that height and width. Arguments as in `prepare`."""
+    down, across = size[0] - height, size[1] - width
     if crop == "center":
         return down // 2, across // 2
     return int(offset[1] * (down + 1)), int(offset[0] * (across + 1))

@@ -91,6 +91,14 @@ class Family(Protocol):
         """Embeddings of captions, with `time_ids` still empty."""
         ...
 
+    def latents_fingerprint(self) -> str:
+        """Equal where `encode_images` answers the same: of the VAE's weights and configuration."""
+        ...
+
+    def text_fingerprint(self) -> str:
+        """Equal where `encode_text` answers the same: of text encoders, tokenizers and what else it reads."""
+        ...
+
     def with_sizes(self, conditioning: Conditioning, sizes: Sequence[Sequence[int]]) -> Conditioning:
         """Add what the family wants to know of the pictures' sizes; nothing for most.
 

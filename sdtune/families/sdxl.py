@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sdtune.families import fingerprints
 from sdtune.families.base import Conditioning
 from sdtune.families.inpainting import with_channels
 from sdtune.families.stable_diffusion import StableDiffusion, last_layers
@@ -85,6 +86,10 @@ class StableDiffusionXL(StableDiffusion):
             keep = torch.tensor([float(caption != "") for caption in captions], dtype=text.dtype, device=text.device)
             text, pooled = text * keep[:, None, None], pooled * keep[:, None]
         return Conditioning(text, pooled)
+
+    def text_fingerprint(self) -> str:
+        """See `Family.text_fingerprint`."""
+        return fingerprints.fingerprint(super().text_fingerprint(), self.zero_empty)
 
     def with_sizes(self, conditioning: Conditioning, sizes: Sequence[Sequence[int]]) -> Conditioning:
         """Add `time_ids`, (B, 6)."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sdtune.diffusion.schedule import NoiseSchedule
 from sdtune.errors import UsageError, WeightsError
-from sdtune.families import single_file
+from sdtune.families import fingerprints, single_file
 from sdtune.families.base import Conditioning
 from sdtune.families.inpainting import masked_channels, with_channels
 from sdtune.families.loading import (
@@ -288,6 +288,18 @@ class StableDiffusion:
             return answer.last_hidden_state
         norm = getattr(network, "text_model", network).final_layer_norm
         return norm(answer.hidden_states[-1 - self.clip_skip])
+
+    def latents_fingerprint(self) -> str:
+        """See `Family.latents_fingerprint`. A VAE of which only the decoder was trained on has the same."""
+        return fingerprints.of_network(
+            self.modules["vae"], lambda name: name.startswith(("encoder.", "quant_conv."))
+        )
+
+    def text_fingerprint(self) -> str:
+        """See `Family.text_fingerprint`."""
+        tokenizers = [fingerprints.of_tokenizer(tokenizer) for tokenizer in self.tokenizers.values()]
+        encoders = [fingerprints.of_network(self.modules[name]) for name in self.text_encoders]
+        return fingerprints.fingerprint(type(self).__name__, tokenizers, encoders, self.clip_skip, self.max_tokens)
 
     def with_sizes(self, conditioning: Conditioning, sizes: Sequence[Sequence[int]]) -> Conditioning:
         """Stable Diffusion 1.x and 2.x are not told of sizes."""

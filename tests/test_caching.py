@@ -1,0 +1,325 @@
+"""Latents and embeddings on disk: encoded once, again when what they depend on changed, and as good as fresh ones."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sdtune import building, caching
+from sdtune.config import Recipe
+from sdtune.config.files import check
+from sdtune.data import filling
+from sdtune.errors import DataError
+from sdtune.run import Run
+from sdtune.tasks import DenoisingTask
+from tests.factories import SIZE, losses, make_photos, make_recipe, weights
+
+NOTHING = Counter[str]()
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Rows that go through any VAE's encoder and any text encoder, and how often these are called."""
+    counts = Counter[str]()
+
+    def note(network: Any, inputs: Any, output: Any) -> None:
+        kind = {"Encoder": "pictures", "CLIPTextModel": "captions"}.get(type(network).__name__)
+        if kind:
+            rows = len(inputs[0] if kind == "pictures" else output[0])
+            counts.update({kind: rows, f"calls for {kind}": 1})
+
+    handle = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
+def recipe_of(sd: Path, photos: Path, work: Path, **sections: Any) -> Recipe:
+    train = {"cache_dir": str(work / "cache")} | sections.pop("train", {})
+    return make_recipe(sd, photos, work / "run", train=train, **sections)
+
+
+def filled(recipe: Recipe) -> tuple[int, int]:
+    """Fill the cache as a run does; how many pictures and captions were encoded for it."""
+    family = building.make_family(recipe)
+    stores = caching.open_stores(recipe, family)
+    task = building.make_task(recipe, family, stores)
+    assert stores is not None and isinstance(task, DenoisingTask)
+    sources = [building.make_source(recipe, each) for each in recipe.data]
+    known = caching.known_views(recipe, stores, sources)
+    training = building.make_training_set(recipe, sources, known=known)
+    with counted() as counts:
+        caching.fill_stores(stores, known, task, training.views(), training.captions())
+    return counts["pictures"], counts["captions"]
+
+
+@pytest.fixture
+def mine(photos: Path, tmp_path: Path) -> Path:
+    """Photos to change."""
+    return shutil.copytree(photos, tmp_path / "mine")
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_encodes_all_before_its_first_step_and_never_again(sd: Path, photos: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(
+        sd, photos, tmp_path, images={"flip": True, "caption_dropout": 0.5}, validate={"fraction": 0.2},
+        train={"steps": 6},
+    )  # fmt: skip
+    with counted() as counts:
+        run = Run(recipe)
+    assert counts["pictures"] == 4 * 2 + 1 and counts["captions"] == 5 + 1  # mirrored ones; the empty caption
+    assert counts["calls for pictures"] == counts["calls for captions"] == 1
+    with counted() as counts:
+        run.complete()
+    assert counts == NOTHING
+    assert len(losses(run.folder.path)) == 6
+    with counted() as counts:
+        Run(recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": str(tmp_path / "again")})}))
+    assert counts == NOTHING
+
+
+def test_pictures_are_not_needed_once_the_cache_is_full(sd: Path, mine: Path, tmp_path: Path) -> None:
+    run = Run(recipe_of(sd, mine, tmp_path, validate={"fraction": 0.2}))
+    for picture in mine.glob("*.png"):
+        picture.unlink()
+    run.complete()
+    assert len(losses(run.folder.path)) == 2
+
+
+@pytest.mark.parametrize("base", ["sd", "sdxl"])
+def test_losses_are_those_without_a_cache(
+    base: str, tmp_path: Path, request: pytest.FixtureRequest, photos: Path
+) -> None:
+    wide = make_photos(tmp_path / "wide", 4, size=(2 * SIZE, SIZE + 9))
+    model = {"family": {"sd": "stable-diffusion", "sdxl": "sdxl"}[base]}
+    common: dict[str, Any] = {"model": model, "images": {"flip": True, "caption_dropout": 0.3}}
+    folder = request.getfixturevalue(base)
+    Run(make_recipe(folder, wide, tmp_path / "plain", train={"steps": 4}, **common)).complete()
+    Run(recipe_of(folder, wide, tmp_path, train={"steps": 4}, **common)).complete()
+    # float16 on disk changes the fourth digit of nothing
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=2e-5)
+
+
+def test_a_resumed_run_is_bit_equal(sd: Path, photos: Path, tmp_path: Path) -> None:
+    def recipe(name: str) -> Recipe:
+        return make_recipe(
+            sd, photos, tmp_path / name, train={"steps": 4, "cache_dir": str(tmp_path / "cache")},
+            output={"checkpoint_every": 2},
+        )  # fmt: skip
+
+    Run(recipe("whole")).complete()
+    steps = Run(recipe("stopped")).steps()
+    next(steps), next(steps)
+    Run(recipe("stopped"), resume=True).complete()
+    whole, resumed = (weights(tmp_path / name / "final") for name in ("whole", "stopped"))
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+
+
+def test_masks_are_cut_as_the_pictures_were(sd: Path, tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", 3, size=(2 * SIZE, SIZE + 9))
+    rows = [json.loads(line) for line in (photos / "metadata.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        mask = Image.new("L", (2 * SIZE, SIZE + 9))
+        mask.paste(255, (60, 20, 90 + number, 60))
+        mask.save(photos / f"mask-{number}.png")
+        row["mask_file_name"] = f"mask-{number}.png"
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common: dict[str, Any] = {"objective": {"outside_mask": 0.1}, "images": {"flip": True}}
+    fresh = Run(make_recipe(sd, photos, tmp_path / "fresh", **common)).training
+    stored = Run(recipe_of(sd, photos, tmp_path, **common)).training
+    for number in range(12):
+        (one,), (other,) = fresh[number], stored[number]
+        assert other.pixels is None and one.size == other.size and one.mask is not None and other.mask is not None
+        assert torch.equal(one.mask, other.mask)
+
+
+def test_a_learning_text_encoder_is_not_cached(sd: Path, photos: Path, tmp_path: Path) -> None:
+    run = Run(recipe_of(sd, photos, tmp_path, adapter={"text_encoder": True}))
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()) == ["latents", "pictures"]
+    with counted() as counts:
+        run.complete()
+    assert counts["pictures"] == 0 and counts["captions"] == 4
+
+
+def test_buckets_tags_and_class_pictures(sd: Path, tmp_path: Path) -> None:
+    wide = make_photos(tmp_path / "photos", 3, size=(2 * SIZE, SIZE))
+    for number, picture in enumerate(make_photos(tmp_path / "tall", 2, size=(SIZE, 2 * SIZE)).glob("*.png")):
+        picture.rename(wide / f"tall {number}.png")
+    rows = [{"file_name": p.name, "text": f"{p.stem}, a dog, grey"} for p in sorted(wide.glob("*.png"))]
+    (wide / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    classes = make_photos(tmp_path / "classes", 2, captions=False)
+    with counted() as counts:
+        run = Run(
+            recipe_of(
+                sd, wide, tmp_path, images={"buckets": True, "tag_shuffle": True, "caption_dropout": 0.1},
+                data=[{"path": str(wide)}, {"path": str(classes), "role": "class", "prompt": "a photo of a dog"}],
+                train={"steps": 3, "batch_size": 1},
+            )
+        )  # fmt: skip
+    assert counts["pictures"] == 5 + 2 * 2  # a class picture has the size of the instance beside it
+    assert counts["captions"] == 1  # the empty one: shuffled tags are encoded as they come
+    with counted() as counts:
+        run.complete()
+    assert counts["pictures"] == 0 and counts["captions"] > 0
+
+
+# --- exactly what changed is made again -------------------------------------------------------------------------------
+
+
+def test_what_changed_in_the_data_is_encoded_again(sd: Path, mine: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(sd, mine, tmp_path)
+    assert filled(recipe) == (5, 5)
+    assert filled(recipe) == (0, 0)
+
+    rows = (mine / "metadata.jsonl").read_text()
+    (mine / "metadata.jsonl").write_text(rows.replace("dog 3", "cat 3"))
+    assert filled(recipe) == (0, 1)
+
+    stat = (mine / "2.png").stat()
+    Image.new("RGB", (SIZE, SIZE), "blue").save(mine / "2.png")
+    os.utime(mine / "2.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert filled(recipe) == (1, 0)
+
+    (mine / "metadata.jsonl").write_text(rows)
+    assert filled(recipe) == (0, 0)  # the old caption is still there
+    (mine / "1.png").rename(mine / "renamed.png")
+    (mine / "metadata.jsonl").write_text(rows.replace("1.png", "renamed.png"))
+    assert filled(recipe) == (0, 0)  # the name does not matter
+    shutil.copyfile(mine / "0.png", mine / "3.png")
+    assert filled(recipe) == (0, 0)  # nor does a copy
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({"images": {"resolution": 32}}, (5, 0)),
+        ({"images": {"resolution": [64, 32]}}, (5, 0)),
+        ({"images": {"flip": True}}, (5, 0)),  # the mirrored ones
+        ({"images": {"background": "black"}}, (5, 0)),
+        ({"images": {"caption_dropout": 0.1}}, (0, 1)),  # the empty caption
+        ({"images": {"max_tokens": 150}}, (0, 10)),  # in two chunks
+        ({"model": {"clip_skip": 1}}, (0, 5)),
+        ({"train": {"precision": "bf16"}}, (0, 5)),
+        ({"train": {"batch_size": 1, "seed": 3}, "objective": {"snr_gamma": 5.0}, "adapter": {"rank": 2}}, (0, 0)),
+    ],
+    ids=lambda change: str(change),
+)
+def test_what_changed_in_the_settings_is_encoded_again(
+    change: dict[str, Any], again: tuple[int, int], sd: Path, photos: Path, tmp_path: Path
+) -> None:
+    assert filled(recipe_of(sd, photos, tmp_path)) == (5, 5)
+    assert filled(recipe_of(sd, photos, tmp_path, **change)) == again
+    assert filled(recipe_of(sd, photos, tmp_path)) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "again"),
+    [
+        ("vae", "encoder.conv_in.bias", (5, 0)),
+        ("vae", "decoder.conv_in.bias", (0, 0)),  # is not asked
+        ("text_encoder", "final_layer_norm.bias", (0, 5)),
+        ("unet", "conv_in.bias", (0, 0)),
+    ],
+)
+def test_other_weights_are_noticed(
+    file: str, key: str, again: tuple[int, int], sd: Path, photos: Path, tmp_path: Path
+) -> None:
+    assert filled(recipe_of(sd, photos, tmp_path)) == (5, 5)
+    other = shutil.copytree(sd, tmp_path / "other")
+    assert filled(recipe_of(other, photos, tmp_path)) == (0, 0)  # the place does not matter
+    (weights_file,) = (other / file).glob("*.safetensors")
+    tensors = load_file(weights_file)
+    (name,) = (name for name in tensors if name.endswith(key))
+    save_file(tensors | {name: tensors[name] + 0.01}, weights_file, {"format": "pt"})
+    assert filled(recipe_of(other, photos, tmp_path)) == again
+
+
+def test_other_settings_of_the_model_are_noticed(sd: Path, photos: Path, tmp_path: Path) -> None:
+    assert filled(recipe_of(sd, photos, tmp_path)) == (5, 5)
+    other = shutil.copytree(sd, tmp_path / "other")
+    config = other / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    assert filled(recipe_of(other, photos, tmp_path)) == (5, 0)
+    tokenizer = other / "tokenizer" / "tokenizer.json"
+    rules = json.loads(tokenizer.read_text())
+    rules["model"]["merges"].pop()  # "do" and "g"
+    tokenizer.write_text(json.dumps(rules))
+    assert filled(recipe_of(other, photos, tmp_path)) == (0, 5)
+
+
+# --- filling ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_loses_nothing_that_was_encoded(
+    sd: Path, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filling, "MOST", 2)
+    monkeypatch.setattr(filling, "AHEAD", 0)
+    monkeypatch.setattr(filling.secrets, "randbelow", lambda count: 0)
+    recipe = recipe_of(sd, mine, tmp_path)
+    (mine / "4.png").write_bytes((mine / "4.png").read_bytes()[:-40])
+    with pytest.raises(DataError, match=r"4.png cannot be read as a picture"):
+        filled(recipe)
+    make_photos(mine, 5)
+    assert filled(recipe) == (1, 5)
+
+
+def test_a_picture_that_changes_meanwhile_is_told(sd: Path, mine: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(sd, mine, tmp_path)
+    family = building.make_family(recipe)
+    stores = caching.open_stores(recipe, family)
+    assert stores is not None
+    source = building.make_source(recipe, recipe.data[0])
+    known = caching.known_views(recipe, stores, [source])
+    Image.new("RGB", (SIZE, SIZE), "blue").save(mine / "2.png")
+    task, training = building.make_task(recipe, family, stores), building.make_training_set(recipe, [source])
+    assert isinstance(task, DenoisingTask)
+    with pytest.raises(DataError, match=r"2.png was changed while the cache was filled; run the same command again"):
+        caching.fill_stores(stores, known, task, training.views(), [])
+
+
+def test_too_little_room_is_told_before_the_work(
+    sd: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"needs 0.0 GB more, and 0.0 GB are free. Make room, .*train.cache_dir=FOLDER"):
+        filled(recipe_of(sd, photos, tmp_path))
+
+
+def test_pictures_of_other_rows_are_decoded_ahead_and_in_order() -> None:
+    batches = [[1, 2], [3], [4, 5, 6], [7], [8], [9]]
+    found = list(filling.ahead(lambda number: number * 10, batches))
+    assert found == [(batch, [number * 10 for number in batch]) for batch in batches]
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"images": {"crop": "random"}}, "each sample is cut out anew"),
+        ({"train": {"cache": False}}, "got a folder and train.cache: false"),
+        ({"task": "autoencoding", "adapter": {"kind": "full"}}, "an autoencoding run changes the VAE in each step"),
+        ({"train": {"cache_dir": "PHOTO"}}, "is a file, expected a folder"),
+    ],
+    ids=["random crop", "no cache", "autoencoding", "a file"],
+)
+def test_what_cannot_be_cached_is_refused(change: Any, told: str, sd: Path, photos: Path, tmp_path: Path) -> None:
+    train = {"steps": 2, "cache_dir": str(tmp_path / "cache")} | change.pop("train", {})
+    train["cache_dir"] = train["cache_dir"].replace("PHOTO", str(photos / "0.png"))
+    values = {"model": {"base": str(sd)}, "data": [{"path": str(photos)}], "optimizer": {"lr": 1e-3}, "train": train}
+    _, faults = check(values | {"output": {"dir": str(tmp_path / "run"), "trackers": []}} | change)
+    assert [key for key, _ in faults] == ["train.cache_dir"] and told in faults[0][1]
