@@ -25,7 +25,8 @@ from sdtune.families.base import Family
 from sdtune.families.headers import layer_shapes, unet_config
 from sdtune.families.original import original_checkpoint
 from sdtune.families.single_file import FIRST, PICKLES, read_shapes
-from sdtune.opening import open_base, open_whole, read_notes, weights_folder
+from sdtune.opening import open_base, open_whole, read_notes
+from sdtune.run_folder import weights_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
 ARCHITECTURES = {

@@ -20,10 +20,11 @@ from sdtune.adapters.lora_files import (
 )
 from sdtune.adapters.lora_layers import LoraLayer
 from sdtune.adapters.lora_writing import write_diffusers, write_kohya
+from sdtune.config import resolve_asset
 from sdtune.errors import UsageError, WeightsError
 from sdtune.export import file_aside
 from sdtune.families.headers import layer_shapes, unet_config
-from sdtune.opening import weights_folder
+from sdtune.run_folder import weights_folder
 
 Layers = dict[str, LoraLayer]
 FORMATS = ("diffusers", "kohya")
@@ -46,6 +47,9 @@ def info(place: str | Path, base: str | None = None) -> dict[str, Any]:
         not be loaded, or None) and metadata.
     """
     file = find_lora(weights_folder(Path(place)))
+    if base:
+        path = weights_folder(Path(resolve_asset(base)))
+        base = str(path) if path.exists() else base
     lora = read_lora(file, unet_config(base) if base else None)
     layers = lora.layers.values()
     facts: dict[str, Any] = {

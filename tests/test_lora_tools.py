@@ -16,6 +16,7 @@ from sdtune.adapters.lora_layers import LoraLayer
 from sdtune.adapters.lora_writing import write_diffusers, write_kohya
 from sdtune.cli import app
 from sdtune.errors import WeightsError
+from sdtune.families.headers import unet_config
 from sdtune.families.stable_diffusion import StableDiffusion
 from sdtune.lora_tools import extract, info, merge, resize
 from tests.adapters.test_lora_formats import answers, close
@@ -80,6 +81,8 @@ def test_info_reads_headers_and_configurations_alone(file: Path, sd: Path, tmp_p
         head += opened.read(int.from_bytes(head, "little"))
     (bare / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(head)
     assert info(file, str(bare))["applied"] == 6
+    (bare / "unet" / "config.json").unlink()
+    assert info(file, str(bare))["applied"] == 6
     shutil.rmtree(bare / "text_encoder")
     facts = info(file, str(bare))
     assert facts["applied"] == 4 and "this model has no text_encoder" in facts["refused"]
@@ -99,6 +102,16 @@ def test_info_of_a_real_file(root: Path, tmp_path: Path) -> None:
         assert answer.exit_code == (0 if kind == "sd1" else 1)
         if kind != "sd1":
             assert "it is for Stable Diffusion 1.x (SD1, text of width 768)" in facts["refused"]
+
+
+def test_info_of_kohyas_names_for_sdxl(tmp_path: Path) -> None:
+    """Told apart by their widths, whichever base they are held against."""
+    layer = LoraLayer({"down": torch.zeros(4, 2048), "up": torch.zeros(640, 4)})
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"
+    write_kohya({name: layer}, tmp_path / "xl.safetensors", unet=unet_config("SDXL"), header={})
+    assert info(tmp_path / "xl.safetensors")["base"] == "SDXL"
+    assert info(tmp_path / "xl.safetensors", "SDXL")["applied"] == 2
+    assert "it is for Stable Diffusion XL (SDXL" in info(tmp_path / "xl.safetensors", "SD1")["refused"]
 
 
 def test_info_of_what_is_no_lora(sd: Path) -> None:

@@ -19,16 +19,19 @@ Shape = tuple[int, ...]
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 
-def unet_config(base: str) -> dict[str, Any]:
-    """config.json of a model's UNet.
+def unet_config(base: str) -> dict[str, Any] | None:
+    """config.json of a model's UNet; None for a folder that has no such file.
 
     Args:
         base: a diffusers folder, a folder with unet/ alone, a checkpoint in one file, a hub id, a name of `LAYOUTS`.
 
     Raises:
-        WeightsError: there is none. HubError: the Hub has no answer.
+        WeightsError: there is no such model. HubError: the Hub has no answer.
     """
-    return read_json(_config(_place(base), "unet"))
+    place = _place(base)
+    if isinstance(place, Path) and not (place / "unet" / "config.json").is_file():
+        return None
+    return read_json(_config(place, "unet"))
 
 
 def layer_shapes(base: str) -> dict[str, Shape]:

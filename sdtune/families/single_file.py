@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sdtune.errors import WeightsError
+from sdtune.families.original import CLIP
+from sdtune.families.saving import historical_key
 
 ASSETS = Path(__file__).parent.parent / "assets" / "single_file"
 LAYOUTS = {"SD1": ASSETS / "sd1", "SD2": ASSETS / "sd2", "SDXL": ASSETS / "sdxl"}  # with their configurations
@@ -195,8 +197,11 @@ def _strictly(kind: Any, state: Mapping[str, Tensor], config: Mapping[str, Any])
 def _text_encoder(kind: Any, tensors: dict[str, Tensor], layout: Path, part: str) -> nn.Module:
     from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 
+    # some old checkpoints lack a part of the names of OpenAI's CLIP
+    renamed = {CLIP + historical_key(key.removeprefix(CLIP)) if key.startswith(CLIP) else key: tensor
+               for key, tensor in tensors.items()}  # fmt: skip
     network = create_diffusers_clip_model_from_ldm(
-        kind, tensors, subfolder=part, config=str(layout), torch_dtype=torch.float32, local_files_only=True
+        kind, renamed, subfolder=part, config=str(layout), torch_dtype=torch.float32, local_files_only=True
     )
     if any(parameter.is_meta for parameter in network.parameters()):
         raise ValueError("some tensors are missing")

@@ -72,6 +72,12 @@ def test_the_networks_are_those_of_the_folder(small: Path, sd: Path) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
+def test_old_checkpoints_call_the_text_encoders_layers_otherwise(small: Path, sd: Path, tmp_path: Path) -> None:
+    old = {key.replace("transformer.text_model.", "transformer."): tensor for key, tensor in load_file(small).items()}
+    save_file(old, tmp_path / "old.safetensors")
+    assert_equal(StableDiffusion.load(str(tmp_path / "old.safetensors")), StableDiffusion.load(str(sd)))
+
+
 def test_inpainting_checkpoints_are_told_by_their_channels(small: Path, tmp_path: Path) -> None:
     file = write_original(make_sd(tmp_path / "nine", in_channels=9), tmp_path / "nine.safetensors")
     family = StableDiffusion.load(str(file))
