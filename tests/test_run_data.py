@@ -91,6 +91,51 @@ def test_buckets_and_masks_from_end_to_end(masked: Path, photos: Path, tmp_path:
         assert sample.size == (64, 64)  # samples keep images.resolution
 
 
+def test_shuffled_and_dropped_captions_have_embeddings_of_their_own(sd: Path, tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", 1)
+    write_rows(photos, [{"file_name": "0.png", "text": text} for text in ("sks, dog, photo", "sks, of, hot, dog")])
+    found = []
+    for cache in (True, False):
+        recipe = make_recipe(
+            sd,
+            photos,
+            tmp_path / str(cache),
+            images={"tag_shuffle": True, "keep_tags": 1, "caption_dropout": 0.3},
+            train={"steps": 6, "batch_size": 2, "cache": cache},
+        )
+        run = Run(recipe)
+        seen = {run.training[number][0].caption for number in range(12)}
+        assert "" in seen and len(seen) > 4
+        found.append([info.loss for info in run.steps()])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_sdxl_is_told_the_sizes_of_buckets(sdxl: Path, tmp_path: Path) -> None:
+    """Wide pictures of 120 x 60 cover 80 x 48 at 96 x 48, square ones of 64 x 64 are as they are."""
+    wide, square = make_photos(tmp_path / "wide", 2, size=(120, 60)), make_photos(tmp_path / "square", 2)
+    recipe = make_recipe(
+        sdxl,
+        "",
+        tmp_path / "run",
+        model={"family": "sdxl"},
+        data=[{"path": str(wide)}, {"path": str(square)}],
+        images={"buckets": True, "crop": "random", "flip": True},
+        train={"steps": 4},
+    )
+    run, seen = Run(recipe), []
+    run.family.modules["unet"].register_forward_pre_hook(
+        lambda _, args, kw: seen.append((kw["added_cond_kwargs"]["time_ids"], args[0].shape)), with_kwargs=True
+    )
+    run.complete()
+    for time_ids, (_, _, height, width) in seen:
+        told = {tuple(ids) for ids in time_ids.tolist()}
+        if (height, width) == (48 // run.family.factor, 80 // run.family.factor):
+            assert all(ids == (60, 120, 0, ids[3], 48, 80) and 0 <= ids[3] <= 16 for ids in told)
+        else:
+            assert told == {(64, 64, 0, 0, 64, 64)}
+    assert len({shape for _, shape in seen}) == 2 and len(seen) == 4
+
+
 def test_masks_change_what_is_learned(masked: Path, tmp_path: Path) -> None:
     losses = []
     for weight in (None, 1.0, 0.0):

@@ -4,13 +4,17 @@ import random
 from collections import Counter
 
 import pytest
+import torch
+from PIL import Image
 
-from sdtune.data.batches import batches
+from sdtune.data.batches import batches, collate
 from sdtune.data.buckets import Buckets, bucket_table, cut_away, default_step, scale, table_lines
 from sdtune.data.dataset import TrainingSet, validation_examples
+from sdtune.data.images import cover, open_rgb
 from sdtune.data.order import InBuckets
 from sdtune.data.sources import load_source
 from sdtune.data.survey import survey
+from sdtune.tasks import sizes
 
 COMMON = [(480, 640), (640, 480), (3024, 4032), (1080, 1920), (2000, 3000), (1024, 1024), (700, 2100)]
 
@@ -191,14 +195,22 @@ def test_sizes_must_be_known(make_folder):
 
 def test_sizes_and_crops_by_hand(make_folder):
     """What SDXL is told: a picture of 100 x 40 covers 80 x 48 at 120 x 48, so 40 columns are cut away."""
-    folder = make_folder("photos", {"a.png": ["a"]}, size=(100, 40))
+    folder = make_folder("photos", {"a.png": []}, rows=[{"file_name": "a.png", "text": "a"}])
+    Image.linear_gradient("L").rotate(90).resize((100, 40)).convert("RGB").save(folder / "a.png")  # darker to one side
     sources = survey([load_source(path=folder)])
     upscaled = {"buckets": Buckets(64, 64, 8, upscale=True)}
     (example,) = training_set(sources, **upscaled)[0]
     assert example.frame == (48, 80) and example.size == (40, 100, 0, 20)
+    assert sizes(collate([[example]])) == [(40, 100, 0, 20, 48, 80)]
+
     samples = training_set(sources, crop="random", flip=True, **upscaled)
+    whole = cover(open_rgb(folder / "a.png"), 48, 80)  # (3, 48, 120)
+    seen = set()
     for number in range(30):
         (example,) = samples[number]
-        left = int(example.key.split("+")[2].split("|")[0])
-        from_the_left = 120 - 80 - left if "mirrored" in example.key else left
-        assert example.size == (40, 100, 0, from_the_left) and 0 <= left <= 40
+        mirrored = "mirrored" in example.key
+        as_shown = whole.flip(-1) if mirrored else whole
+        top, left = example.size[2:]
+        assert torch.equal(example.pixels, as_shown[:, top : top + 48, left : left + 80])
+        seen.add((mirrored, left))
+    assert {mirrored for mirrored, _ in seen} == {True, False} and len(seen) > 20
