@@ -17,6 +17,7 @@ import sys
 from sdtune import distributed
 assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
 distributed.barrier()
+assert distributed.from_main([1]) == [1]
 print("alone")
 assert not {"torch", "accelerate"} & set(sys.modules)
 """
@@ -30,6 +31,7 @@ if distributed.is_main():
     (folder / "made").touch()
 distributed.barrier()
 assert (folder / "made").exists()
+assert distributed.from_main({"said": distributed.rank()}) == {"said": 0}
 (folder / f"{distributed.rank()} of {distributed.world()}").touch()
 """
 

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdtune.config import DataSource
+from sdtune.data.images import to_float
 from sdtune.data.metadata import read_rows, write_rows
 from sdtune.errors import DataError, RunError
 from sdtune.run import Run
-from tests.factories import make_photos, make_recipe
+from tests.factories import VAE, make_photos, make_recipe
 
 
 def test_broken_pictures_are_refused_before_anything_is_made(sd: Path, tmp_path: Path) -> None:
@@ -134,6 +136,27 @@ def test_sdxl_is_told_the_sizes_of_buckets(sdxl: Path, tmp_path: Path) -> None:
         else:
             assert told == {(64, 64, 0, 0, 64, 64)}
     assert len({shape for _, shape in seen}) == 2 and len(seen) == 4
+
+
+def test_a_vae_of_several_sizes_gets_one_scaling_factor(sd: Path, tmp_path: Path) -> None:
+    wide, square = make_photos(tmp_path / "wide", 2, size=(120, 60)), make_photos(tmp_path / "square", 2)
+    recipe = make_recipe(
+        "",
+        "",
+        tmp_path / "run",
+        task="autoencoding",
+        model={"from_config": {"vae": {key: value for key, value in VAE.items() if key != "scaling_factor"}}},
+        adapter={"kind": "full"},
+        data=[{"path": str(wide)}, {"path": str(square)}],
+        images={"buckets": True},
+    )
+    run = Run(recipe)
+    run.complete()
+    vae, numbers = run.family.modules["vae"], range(4)
+    with torch.no_grad():
+        examples = {e.key: to_float(e.pixels)[None] for n in numbers for e in run.training[n] if e.pixels is not None}
+        latents = torch.cat([vae.encode(pixels).latent_dist.mean.flatten() for pixels in examples.values()])
+    assert len(examples) == 4 and vae.config.scaling_factor == pytest.approx(1 / latents.std().item(), rel=1e-4)
 
 
 def test_masks_change_what_is_learned(masked: Path, tmp_path: Path) -> None:
