@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_non_diffusers_lora_to_diffusers,
+    _maybe_map_sgm_blocks_to_diffusers,
+)
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -15,6 +20,7 @@ from sdtune.adapters.lora_files import load_lora, named_weights, read_lora
 from sdtune.adapters.lora_layers import LoraLayer
 from sdtune.adapters.lora_names import kohya_name, parse
 from sdtune.adapters.lora_writing import write_diffusers, write_kohya, write_peft
+from sdtune.adapters.low_rank import DENOISER_TARGETS
 from sdtune.errors import WeightsError
 from sdtune.families.sdxl import StableDiffusionXL
 from sdtune.families.single_file import LAYOUTS
@@ -250,3 +256,21 @@ def test_sdxl_names_are_kohyas() -> None:
         assert kohya_name(layer, unet) == name
         place = parse(f"{name}.lora_down.weight", unet)
         assert place is not None and place.layer == layer
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_diffusers_understands_kohyas_names_of_every_layer_of_the_published_models(kind: str) -> None:
+    config = UNet2DConditionModel.load_config(LAYOUTS[kind] / "unet")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    targets = DENOISER_TARGETS["all"]
+    layers = {name for name, _ in unet.named_modules() if any(f".{name}".endswith(f".{end}") for end in targets)}
+    assert len(layers) > 200
+    one, state = torch.zeros(1), {}
+    for name in layers:
+        start = kohya_name(f"unet.{name}", config if kind == "SDXL" else None)
+        state |= {f"{start}.lora_down.weight": one, f"{start}.lora_up.weight": one, f"{start}.alpha": one}
+    found, alphas = _convert_non_diffusers_lora_to_diffusers(_maybe_map_sgm_blocks_to_diffusers(state, unet.config))
+    named = convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in found.items()})
+    wanted = {f"{name}.lora_{side}.weight" for name in layers for side in "AB"}
+    assert named.keys() == wanted and len(alphas) == len(layers)
