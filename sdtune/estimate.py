@@ -151,21 +151,44 @@ def estimate(recipe: Recipe, report: Report) -> dict[str, Any]:
     numbers = [len(reading.pictures) for reading in report.readings if reading.entry.role == "instance"]
     samples = recipe.train.steps * recipe.train.batch_size * recipe.train.accumulate
     epoch = sum(number * times for number, times in zip(numbers, repeats, strict=True))
-    place = Path(recipe.output.dir).absolute()
-    while not place.exists():
-        place = place.parent
+    folder, views = recipe.train.cache_dir, (1 + recipe.images.flip) * len(report.good)
+    in_memory = latents_bytes(recipe, report.frame) * views if recipe.train.cache and folder is None else 0
+    captions = {caption for reading in report.readings for picture in reading.pictures for caption in picture.captions}
     return {
         "samples": samples,
         "epochs": round(samples / epoch, 2) if epoch else None,
-        "cached_latents_bytes": latents_bytes(recipe, report.frame) * len(report.good) if recipe.train.cache else 0,
-        "disk_free_bytes": shutil.disk_usage(place).free,
+        "cached_latents_bytes": in_memory,
+        "cache_dir_bytes": stored_bytes(recipe, report.frame, views, len(captions)) if folder else 0,
+        "cache_dir_free_bytes": shutil.disk_usage(existing(folder)).free if folder else None,
+        "disk_free_bytes": shutil.disk_usage(existing(recipe.output.dir)).free,
         **run_cost(recipe),
         "class_pictures_to_draw": sum(each.generate or 0 for each in recipe.data),
     }
 
 
+def existing(folder: str) -> Path:
+    """A folder, or the nearest one above it that is there."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
+def stored_bytes(recipe: Recipe, frame: Frame, views: int, captions: int) -> int:
+    """Bytes that `train.cache_dir` takes: latents and text embeddings in half precision.
+
+    Text is left out where a text encoder learns, tags are shuffled, or the model is not on this machine.
+    """
+    latents = views * latents_bytes(recipe, frame) // 2
+    config = network_config(recipe)
+    if config is None or recipe.adapter.text_encoder or recipe.images.tag_shuffle:
+        return latents
+    tokens = recipe.images.max_tokens // 75 * 77
+    return latents + captions * tokens * config.get("cross_attention_dim", 768) * FLOATS // 2
+
+
 def latents_bytes(recipe: Recipe, frame: Frame) -> int:
-    """Bytes that the cache keeps of one picture: mean and deviation of its latents in float32."""
+    """Bytes that the cache in memory keeps of one picture: mean and deviation of its latents in float32."""
     channels, factor = latents_of(recipe)
     return 2 * FLOATS * channels * (frame.height // factor) * (frame.width // factor)
 
@@ -199,7 +222,10 @@ def recipe_facts(recipe: Recipe, known: Mapping[str, Any]) -> Facts:
         facts.append(("time", "not known while the model is not here"))
         written = "how much the run writes is not known while the model is not here"
     facts.append(("disk", f"{written}; {megabytes(known['disk_free_bytes'])} are free for {recipe.output.dir}"))
-    if recipe.train.cache and recipe.task == "denoising":
+    if recipe.train.cache_dir is not None:
+        free = f"{megabytes(known['cache_dir_free_bytes'])} are free for {recipe.train.cache_dir}"
+        facts.append(("cache", f"about {megabytes(known['cache_dir_bytes'])}, of which some may be there; {free}"))
+    elif recipe.train.cache and recipe.task == "denoising":
         facts.append(("memory", f"about {megabytes(known['cached_latents_bytes'])} of cached latents, 2.1 GB at most"))
     if known["class_pictures_to_draw"]:
         facts.append(("class", f"up to {known['class_pictures_to_draw']} pictures, which the run draws first"))
@@ -207,13 +233,19 @@ def recipe_facts(recipe: Recipe, known: Mapping[str, Any]) -> Facts:
 
 
 def disk_findings(known: Mapping[str, Any]) -> list[Finding]:
-    """A run folder that does not fit on its disk."""
+    """A run folder or a cache that does not fit on its disk. (Of a cache, part or all may be made already.)"""
+    found = []
     needed, free = known["disk_written_bytes"], known["disk_free_bytes"]
-    if needed is None or needed <= free:
-        return []
-    names = [f"{megabytes(needed)} to write, {megabytes(free)} free"]
-    do = "free some, choose another disk with output.dir=FOLDER, or keep fewer checkpoints (output.keep_last)"
-    return about("fatal", "disk", names, "run folders that do not fit on the disk", do)
+    if needed is not None and needed > free:
+        names = [f"{megabytes(needed)} to write, {megabytes(free)} free"]
+        do = "free some, choose another disk with output.dir=FOLDER, or keep fewer checkpoints (output.keep_last)"
+        found += about("fatal", "disk", names, "run folders that do not fit on the disk", do)
+    needed, free = known["cache_dir_bytes"], known["cache_dir_free_bytes"]
+    if free is not None and needed > free:
+        names = [f"{megabytes(needed)} at most, {megabytes(free)} free"]
+        do = "if it is not made already, free some, choose another disk with train.cache_dir=FOLDER, or remove it"
+        found += about("warning", "disk", names, "caches that may not fit on the disk", do)
+    return found
 
 
 def _duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """What a run will take, held against runs."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,24 @@ def test_a_disk_that_is_too_small_is_fatal(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     assert command(str(file)) == 1
     assert "run folders that do not fit on the disk" in capsys.readouterr().out
+
+
+def test_bytes_of_the_cache_are_about_those_of_the_folder(
+    sd: Path, photos: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    from sdtune.checking import command
+    from sdtune.config import dump
+
+    file, cache = tmp_path / "recipe.yaml", tmp_path / "cache"
+    recipe = make_recipe(sd, photos, tmp_path / "run", train={"cache_dir": str(cache)}, images={"flip": True})
+    file.write_text(dump(recipe))
+    assert command(str(file), as_json=True) == 0
+    values = json.loads(capsys.readouterr().out)
+    Run(recipe)
+    written = sum(path.stat().st_size for path in cache.rglob("*.safetensors"))
+    assert values["cache_dir_bytes"] < written < 1.05 * values["cache_dir_bytes"]
+    assert values["cached_latents_bytes"] == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 100_000))
+    command(str(file))
+    said = capsys.readouterr().out
+    assert "caches that may not fit on the disk" in said and "of which some may be there; 100 KB are free for" in said, said
