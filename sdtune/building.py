@@ -1,6 +1,7 @@
 """From settings to objects: each function reads the part of a recipe that it is named after."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,21 @@ def learning_networks(recipe: Recipe, family: Family) -> list[str]:
     return [family.denoiser, *(family.text_encoders if recipe.adapter.text_encoder else ())]
 
 
+def phases(recipe: Recipe) -> list[tuple[int, int]]:
+    """The parts of a run in which the same networks learn: steps [first, stop) each."""
+    steps = recipe.train.steps
+    changes = (recipe.adapter.text_encoder_until, recipe.adapter.denoiser_from)
+    return list(pairwise(sorted({0, steps, *(step for step in changes if step is not None and step < steps)})))
+
+
+def learns_at(recipe: Recipe, family: Family, name: str, step: int) -> bool:
+    """Whether what the adapter attached to a network learns at a step (from 0)."""
+    if name == family.denoiser:
+        return step >= (recipe.adapter.denoiser_from or 0)
+    until = recipe.adapter.text_encoder_until
+    return name not in family.text_encoders or until is None or step < until
+
+
 def make_task(recipe: Recipe, family: Family, stores: Stores | None = None) -> Task:
     """What is learned; call it after the adapter is attached. `stores` hold what was encoded before."""
     if recipe.task == "autoencoding":
@@ -168,6 +184,7 @@ def make_task(recipe: Recipe, family: Family, stores: Stores | None = None) -> T
         family,
         objective=make_objective(recipe),
         cache=recipe.train.cache,
+        cache_text=recipe.train.ema is None or not recipe.adapter.text_encoder,
         own_masks=recipe.images.masks == "given",
         stores=stores,
     )

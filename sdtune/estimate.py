@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdtune import building
+from sdtune.adapters.full import DECODER
 from sdtune.adapters.low_rank import is_target
 from sdtune.config import Recipe, resolve_asset
 from sdtune.data.check import Report
@@ -110,7 +111,8 @@ def run_seconds(recipe: Recipe, flops: int, speed: float) -> float:
 def learning_numbers(recipe: Recipe, network: nn.Module) -> int:
     """How many numbers learn in the denoiser, or the VAE."""
     if recipe.adapter.kind == "full":
-        return sum(parameter.numel() for parameter in network.parameters())
+        named = network.named_parameters()
+        return sum(p.numel() for name, p in named if not recipe.adapter.decoder_only or name.startswith(DECODER))
     adapter: Any = building.make_adapter(recipe)
     return sum(
         adapter.numbers(module)

@@ -66,8 +66,11 @@ def make_optimizer(
 
 
 def learning_rate(optimizer: Any) -> float:
-    """The rate of the first group; of Prodigy, which multiplies it with an estimate of its own, the product."""
-    group = optimizer.param_groups[0]
+    """The rate of the first group that learns; of Prodigy, which multiplies it with an estimate of its own, the
+    product.
+    """
+    groups = optimizer.param_groups
+    group = next((each for each in groups if any(p.requires_grad for p in each["params"])), groups[0])
     return group["lr"] * group.get("d", 1.0)
 
 

@@ -139,7 +139,7 @@ class Run:
         recipe, settings = self.recipe, self.recipe.optimizer
         self.adapter = building.make_adapter(recipe)
         networks = building.learning_networks(recipe, self.family)
-        learning = self.adapter.attach(self.family, networks, recipe.train.seed)
+        self.learning = learning = self.adapter.attach(self.family, networks, recipe.train.seed)
         device = self.accelerator.device
         building.place(self.family, device, building.frozen_dtype(device, recipe.train.precision, self.adapter))
         if recipe.train.gradient_checkpointing:
@@ -232,19 +232,34 @@ class Run:
             world=distributed.world(),
             workers=recipe.train.workers,
         )
-        return train(
-            self.module,
-            self.optimizer,
-            local,
-            lambda batch: self.task.draw(batch, recipe.train.seed),
-            self.accelerator,
-            start=self.step,
-            steps=recipe.train.steps,
-            accumulate=recipe.train.accumulate,
-            factor=lambda step: lr_factor(settings.schedule, step, settings.warmup, recipe.train.steps),
-            clip=settings.clip,
-            ema=self.ema,
-        )
+        for first, stop in building.phases(recipe):
+            if self.step >= stop:
+                continue
+            self.begin_phase(first)
+            yield from train(
+                self.module,
+                self.optimizer,
+                local,
+                lambda batch: self.task.draw(batch, recipe.train.seed),
+                self.accelerator,
+                start=max(first, self.step),
+                steps=stop,
+                accumulate=recipe.train.accumulate,
+                factor=lambda step: lr_factor(settings.schedule, step, settings.warmup, recipe.train.steps),
+                clip=settings.clip,
+                ema=self.ema,
+            )
+
+    def begin_phase(self, step: int) -> None:
+        """Let learn whose turn it is from `step` on; the others get no gradient, and the optimizer passes over them."""
+        changed = False
+        for name, parameters in self.learning.items():
+            learns = building.learns_at(self.recipe, self.family, name, step)
+            changed |= any(parameter.requires_grad != learns for parameter in parameters.values())
+            for parameter in parameters.values():
+                parameter.requires_grad_(learns)
+        if changed:
+            self.module, self.optimizer = prepare(self.accelerator, TrainStep(self.task), self.optimizer)
 
     def finish(self) -> None:
         """Write `final/`, from the averaged weights where there are some, and the report."""

@@ -96,8 +96,9 @@ class DenoisingTask:
     Args:
         family: the model.
         objective: how the answers are judged.
-        cache: keep the latents of pictures, and the embeddings of captions when no text encoder learns, in memory.
+        cache: keep the latents of pictures, and the embeddings of captions while no text encoder learns, in memory.
             (Not those of pictures with a part hidden: they are encoded at every step.)
+        cache_text: of those the embeddings too. (Not where averages of a text encoder's weights take their place.)
         own_masks: for inpainting: the pictures' own masks say what is hidden; else it is drawn at random.
         stores: where those stand that were made before the training.
     """
@@ -108,16 +109,21 @@ class DenoisingTask:
         *,
         objective: Objective = PLAIN,
         cache: bool = True,
+        cache_text: bool = True,
         own_masks: bool = False,
         stores: Stores | None = None,
     ) -> None:
         self.family, self.objective, self.own_masks = family, objective, own_masks
         self.modules = family.modules
         self.schedule = family.schedule
-        learns = any(p.requires_grad for name in family.text_encoders for p in family.modules[name].parameters())
-        self.text_learns = learns
         self.latents = RowCache(stores.latents if stores else None) if cache else None
-        self.text = RowCache(stores.text if stores else None) if cache and not learns else None
+        made_before = stores.text if stores and not self.text_learns else None
+        self.text = RowCache(made_before) if cache and cache_text else None
+
+    @property
+    def text_learns(self) -> bool:
+        """Whether a text encoder learns now: it may stop in the middle of a run."""
+        return any(p.requires_grad for name in self.family.text_encoders for p in self.modules[name].parameters())
 
     def draw(self, batch: Batch, seed: int) -> Draws:
         """See `Task.draw`."""

@@ -187,5 +187,9 @@ def clip_gradients(accelerator: Accelerator, optimizer: Any, clip: float | None)
 
 
 def prepare(accelerator: Accelerator, task_step: TrainStep, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-    """Put the module on its device, under mixed precision and, with several processes, behind DDP."""
+    """Put the module on its device, under mixed precision and, with several processes, behind DDP.
+
+    Again, with a new `TrainStep`, when other parameters learn: DDP waits for the gradients of those that did at first.
+    """
+    accelerator.free_memory()  # what was prepared before
     return accelerator.prepare(task_step, optimizer)

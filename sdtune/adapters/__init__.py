@@ -19,7 +19,7 @@ ADAPTERS = {
 LOW_RANK = ("rank", "alpha", "targets", "init_from")
 # The settings of a recipe's `adapter` that each kind is made from.
 SETTINGS: dict[str, tuple[str, ...]] = {
-    "full": (),
+    "full": ("decoder_only",),
     "lora": LOW_RANK,
     "rslora": LOW_RANK,
     "dora": LOW_RANK,

@@ -19,6 +19,8 @@ DENOISING_ONLY = (
     "model.inpaint",
     "images.masks",
     "adapter.text_encoder",
+    "adapter.text_encoder_until",
+    "adapter.denoiser_from",
     "optimizer.text_encoder_lr",
     "images.caption_dropout",
     "images.tag_shuffle",
@@ -34,7 +36,7 @@ FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 def impossible(recipe: Recipe) -> list[Fault]:
     """All faults of settings that are well formed one by one."""
     checks = (
-        *(_names, _start, _parts, _paths, _unused, _adapter, _objective, _sources, _measurements, _schedule),
+        *(_names, _start, _parts, _paths, _unused, _adapter, _phases, _objective, _sources, _measurements, _schedule),
         *(_images, _cache, optimizer, _trackers, _machine),
     )
     return [fault for check in checks for fault in check(recipe)]
@@ -49,6 +51,10 @@ def unused_keys(recipe: Recipe) -> dict[str, str]:
         keys["train.cache_dir"] = "an autoencoding run changes the VAE in each step, and the latents with it; remove it"
     else:
         keys["reconstruction"] = "is read by task: autoencoding only; remove it"
+        keys["adapter.decoder_only"] = "is read by task: autoencoding only; remove it"
+        if not recipe.adapter.text_encoder:
+            why = "is read with adapter.text_encoder=true only; set that or remove it"
+            keys |= dict.fromkeys(("adapter.text_encoder_until", "adapter.denoiser_from"), why)
         if recipe.objective.loss != "huber":
             keys["objective.huber_delta"] = "is read by objective.loss: huber only; remove it"
     keys |= _unread_by(recipe.adapter.kind)
@@ -59,6 +65,8 @@ def unused_keys(recipe: Recipe) -> dict[str, str]:
         keys.setdefault("images.keep_tags", "is read with images.tag_shuffle: true only; remove it")
     if recipe.model.from_config is not None:
         keys |= dict.fromkeys(LOADING_ONLY, "is read with model.base only; remove it")
+    if recipe.adapter.decoder_only:
+        keys["reconstruction.kl"] = "the encoder, which it is for, does not learn (adapter.decoder_only); remove it"
     return keys
 
 
@@ -149,7 +157,7 @@ def could_be_model(name: str) -> bool:
 def _adapter(recipe: Recipe) -> Iterator[Fault]:
     adapter = recipe.adapter
     if recipe.task == "autoencoding" and adapter.kind != "full":
-        yield "adapter.kind", f"got '{adapter.kind}', expected full: an autoencoding run trains the whole VAE"
+        yield "adapter.kind", f"got '{adapter.kind}', expected full: an autoencoding run trains the VAE itself"
     if adapter.init_from is not None and not Path(resolve_asset(adapter.init_from)).exists():
         yield "adapter.init_from", f"'{adapter.init_from}' does not exist; name a LoRA file, or a folder or run"
     if adapter.factor < 2 and adapter.factor != -1:
@@ -161,6 +169,16 @@ def _adapter(recipe: Recipe) -> Iterator[Fault]:
         yield "adapter.targets", f"got {show(adapter.targets)}, expected {expected}"
     if is_given(recipe, "optimizer.text_encoder_lr") and not adapter.text_encoder and recipe.task == "denoising":
         yield "optimizer.text_encoder_lr", "the text encoder does not learn; set adapter.text_encoder=true or remove it"
+
+
+def _phases(recipe: Recipe) -> Iterator[Fault]:
+    until, begin, optimizer = recipe.adapter.text_encoder_until, recipe.adapter.denoiser_from, recipe.optimizer.name
+    if until is not None and begin is not None and begin > until:
+        what = f"got {begin}, expected at most {until} (adapter.text_encoder_until)"
+        yield "adapter.denoiser_from", f"{what}: between the two nothing would learn"
+    if (until or begin) and optimizer in ("prodigy", "schedulefree"):
+        key = "text_encoder_until" if begin is None else "denoiser_from"
+        yield f"adapter.{key}", f"{optimizer} counts the steps of all networks together; expected optimizer.name=adamw"
 
 
 def _objective(recipe: Recipe) -> Iterator[Fault]:

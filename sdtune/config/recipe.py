@@ -72,6 +72,15 @@ class AdapterSettings(Section):
     )
     factor: int = Field(-1, description="LoKr: about the side of the first matrix, at most; -1: near the square root.")
     text_encoder: bool = Field(False, description="Whether the text encoder learns too.")
+    text_encoder_until: int | None = Field(
+        None, ge=1, description="Step after which the text encoder no longer learns; null: it learns to the end."
+    )
+    denoiser_from: int | None = Field(
+        None, ge=1, description="Step after which the denoiser begins to learn; null: it learns from the start."
+    )
+    decoder_only: bool = Field(
+        False, description="Task autoencoding: only the VAE's decoder learns, so that its latents stay what they are."
+    )
 
     @field_validator("rank")
     @classmethod
