@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from sdtune.data.check import check
-from sdtune.data.check_reading import Entry
+from sdtune.data.check_entries import Entry
 from sdtune.data.check_scan import cores
 from sdtune.data.check_sizes import Frame
 from sdtune.data.sources import load_source

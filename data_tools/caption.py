@@ -195,16 +195,15 @@ def _reader(captioner: "Captioner", folder: Path) -> Callable[[str], "Inputs | s
     from PIL import Image
 
     from sdtune.data.images import open_rgb
+    from sdtune.data.picture import refuse_pipe
 
     # Pillow warns from 89 million pixels on, which cameras reach, and refuses twice as many.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
     def read(name: str) -> "Inputs | str":
-        path = folder / name
-        if path.exists() and not path.is_file():
-            return "it is no file but a pipe or device"  # to open one would wait for ever
         try:
-            return captioner.prepare(open_rgb(path, captioner.settings.background, name=name))
+            refuse_pipe(folder / name)
+            return captioner.prepare(open_rgb(folder / name, captioner.settings.background, name=name))
         except Exception as error:  # the processor's errors too: it took a blank picture, so this one is at fault
             return " ".join(str(error).split()) or type(error).__name__
 

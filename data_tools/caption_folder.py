@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.caption_journal import PLACE
-from sdtune.data.metadata import METADATA_FILES, PICTURE_SUFFIXES, is_picture, list_files, read_rows
+from sdtune.data.captions import captions_of
+from sdtune.data.metadata import METADATA_FILES, PICTURE_SUFFIXES, bad_name, is_picture, list_files, read_rows
 from sdtune.errors import DataError, UsageError
 
 REPORT = "captions.json"
@@ -39,8 +40,8 @@ class Folder:
 
     def texts(self, name: str) -> list[str]:
         """The captions that a picture has: of its rows, else of its .txt."""
-        texts = [text_of(row) for row in self.rows.get(name, [])]
-        return [text for text in texts if text] or self.sidecars.get(name, [])
+        texts = [text for row in self.rows.get(name, []) for text in texts_of(row)]
+        return texts or self.sidecars.get(name, [])
 
 
 def read_folder(path: Path, without: Path | None = None) -> Folder:
@@ -67,7 +68,7 @@ def read_folder(path: Path, without: Path | None = None) -> Folder:
             folder.masks.append(name)
         if not is_picture(name) or name in others:
             continue
-        if reason := _bad_name(name):
+        if reason := bad_name(name):
             folder.bad_names[name.encode("utf-8", "backslashreplace").decode()] = reason
             continue
         folder.pictures.append(name)
@@ -140,9 +141,9 @@ def sidecar_of(name: str) -> str:
     return os.path.splitext(name)[0] + ".txt"
 
 
-def text_of(row: Row) -> str:
-    """The caption in a row, without stray spaces; empty when there is none."""
-    return str(row.get("text") or "").strip()
+def texts_of(row: Row) -> list[str]:
+    """The captions in a row: a list holds several."""
+    return captions_of(row.get("text"))
 
 
 def _inside(folder: Path, inner: Path) -> str:
@@ -187,17 +188,6 @@ def _from_csv(row: dict[str, Any]) -> Row:
 def other_files(row: Row) -> list[tuple[str, str]]:
     """Keys and names of what a row names beside its picture, such as a mask."""
     return [(k, v) for k, v in row.items() if k.endswith("_file_name") and k != "file_name" and isinstance(v, str)]
-
-
-def _bad_name(name: str) -> str:
-    """Why a name cannot stand in metadata.jsonl; empty when it can."""
-    if "\\" in name:
-        return "its name has a backslash, which metadata.jsonl takes for a folder; rename it"
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return "its name is not UTF-8; rename it"
-    return ""
 
 
 def lines_of(file: Path) -> list[str]:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_tools.caption_folder import REPORT, Folder, Row, leaves, lines_of, other_files, sidecar_of, text_of
+from data_tools.caption_folder import REPORT, Folder, Row, leaves, lines_of, other_files, sidecar_of, texts_of
 from data_tools.caption_journal import PLACE, Journal
 from data_tools.caption_places import Places
 from data_tools.caption_settings import FORMATS, Settings
@@ -75,7 +75,7 @@ def merge(source: Folder, captioned: dict[str, list[str]], *, rows_stay: bool) -
     for name in dict.fromkeys((*source.rows, *source.pictures)):
         rows = source.rows.get(name, [])
         texts = captioned.get(name) or source.texts(name)
-        with_text = [row for row in rows if text_of(row)]
+        with_text = [row for row in rows if texts_of(row)]
         if name not in captioned and with_text:
             merged[name] = with_text
         elif texts:
@@ -96,7 +96,7 @@ def write_result(out: Path, kind: str, rows: dict[str, list[Row]], where: Places
     """
     if kind == "txt":
         for name, some in rows.items():
-            content = "".join(f"{text}\n" for row in some if (text := text_of(row)))
+            content = "".join(f"{text}\n" for row in some for text in texts_of(row))
             file = out / sidecar_of(name)
             if content and not (beside and file.is_file() and lines_of(file) == content.splitlines()):
                 write_atomically(file, content.encode("utf-8"))

@@ -4,22 +4,19 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from glob import has_magic
 from pathlib import Path
 from typing import Any
 
 from sdtune.config import Recipe, load, resolve_asset, shipped_recipes
 from sdtune.data.check import Identity, Report, check
 from sdtune.data.check_captions import Reader, holds
+from sdtune.data.check_entries import Entry, data_set_entries
 from sdtune.data.check_findings import Finding, about, worst_first
-from sdtune.data.check_reading import Entry, Reading
+from sdtune.data.check_reading import Reading
 from sdtune.data.check_report import as_text, as_values
 from sdtune.data.check_sizes import Frame
 from sdtune.data.check_watch import watch
-from sdtune.data.sources import Role, load_source
-from sdtune.data.splits import splits_of
 from sdtune.errors import UsageError
-from sdtune.hub_access import looks_like_hub_id
 from sdtune.local_models import NamedModel, caption_reader, model_findings, named_models
 
 RESOLUTION, MAX_TOKENS = 512, 75  # where no recipe says otherwise
@@ -57,7 +54,7 @@ def command(
         return _end(*check_recipe(target, overrides, trigger), target, as_json)
     if overrides:
         raise UsageError(f"'{overrides[0]}' is for a recipe, and '{target}' is a data set; expected options only")
-    entries = data_set_entries(target, prompt, image_column or "image", text_column or "text")
+    entries = data_set_entries(target, prompt, image_column, text_column)
     side = resolution or RESOLUTION
     reader = _remembered(lambda: caption_reader(None, MAX_TOKENS))
     report = check(entries, Frame(side, side), reader=reader, trigger=trigger, watch=watch)
@@ -66,7 +63,7 @@ def command(
     from sdtune.data.fix import write_fixed
 
     written = write_fixed(report, fix)
-    for entry in data_set_entries(str(fix), prompt, image_column or "image", text_column or "text"):
+    for entry in data_set_entries(str(fix), prompt, image_column, text_column):
         entry.load()  # training takes the copy, or this says why not
     copy = f"{written['kept']} pictures, {written['dropped']} left out"
     facts = [_reading_fact(reader()), ("cleaned copy", copy)]
@@ -79,25 +76,6 @@ def command(
 def is_recipe(target: str) -> bool:
     """Whether a name is that of a recipe, and not of a data set."""
     return Path(target).suffix in (".yaml", ".yml") or (target in shipped_recipes() and not Path(target).exists())
-
-
-def data_set_entries(target: str, prompt: str | None, image_column: str, text_column: str) -> list[Entry]:
-    """What to check of a data set: a folder of splits has one entry for each. Raises UsageError."""
-    columns = {"prompt": prompt, "image_column": image_column, "text_column": text_column}
-    path = Path(resolve_asset(target))
-    if not path.exists() and not has_magic(target) and not looks_like_hub_id(target):
-        raise UsageError(
-            f"'{target}' does not exist; expected a folder of pictures, shards or parquet files, a data set of the Hub "
-            "(user/name), or a recipe: a YAML file or a name of `sdtune recipes ls`"
-        )
-    splits = splits_of(path) if path.is_dir() else []
-    entries = []
-    for split in sorted(splits, key=lambda name: name not in ("train", "training")) or ["train"]:
-        role: Role = "instance" if split in ("train", "training") or len(splits) < 2 else "validation"
-        load_split = partial(load_source, path=path, split=split, role=role, **columns)  # type: ignore[arg-type]
-        label = split if len(splits) > 1 else ""
-        entries.append(Entry(load_split, label, path, split, role=role, **columns))  # type: ignore[arg-type]
-    return entries
 
 
 def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> tuple[Report, Facts, dict[str, Any]]:

@@ -5,6 +5,7 @@ everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage or settin
 """
 
 import errno
+import io
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,11 +35,16 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on one line, last on stdout.")]
 LoraOut = Annotated[Path, typer.Option("--out", metavar="FILE", help="The new .safetensors file.")]
 LoraFormat = Annotated[str, typer.Option("--format", help="diffusers or kohya.")]
+Prompt = Annotated[str | None, typer.Option(help="One caption for all pictures.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Column of the pictures; image by default.")]
+TextColumn = Annotated[str | None, typer.Option(help="Column of the captions; text by default.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `sdtune recipes ls`.")]
 
 
 def main() -> None:
     """Entry point of the command and of `python -m sdtune`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 
@@ -131,9 +137,9 @@ def check(
     ] = None,
     trigger: Annotated[str | None, typer.Option(help='What each caption must hold, such as "sks dog".')] = None,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side of training pictures; 512 by default.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="One caption for all pictures.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column of the pictures; image by default.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of the captions; text by default.")] = None,
+    prompt: Prompt = None,
+    image_column: ImageColumn = None,
+    text_column: TextColumn = None,
     fix: Annotated[Path | None, typer.Option(metavar="OUT", help="Write a cleaned copy into a new folder.")] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -160,7 +166,12 @@ def check(
 
 @app.command()
 def dedupe(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures, with or without captions.")],
+    target: Annotated[
+        str, typer.Argument(metavar="DATASET", help="A folder or a data set of the Hub, with or without captions.")
+    ],
+    prompt: Prompt = None,
+    image_column: ImageColumn = None,
+    text_column: TextColumn = None,
     threshold: Annotated[int, typer.Option(help="Bits of the perceptual hash that may differ, 0 to 16.")] = 6,
     out: Annotated[Path | None, typer.Option(help="Write what is kept into a new folder.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Draw the groups into a file, such as alike.png.")] = None,
@@ -168,11 +179,12 @@ def dedupe(
     debug: Debug = False,
 ) -> None:
     """Show pictures that look alike; keep the largest of each."""
+    options = {name: value for name, value in locals().items() if name not in ("target", "debug")}
 
     def run() -> int:
         from sdtune.data.dedupe import command
 
-        return command(folder, threshold=threshold, out=out, sheet=sheet, as_json=as_json)
+        return command(target, **options)
 
     _end_with(run, debug)
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from sdtune.errors import DataError
 
+PROMPT = "'a photo of sks dog'"  # an example
+
 
 def captions_of(text: Any) -> list[str]:
     """The captions in one cell: a text, a list of texts, or nothing. Stray spaces go, and blank captions with them."""
@@ -12,11 +14,16 @@ def captions_of(text: Any) -> list[str]:
     return [str(caption).strip() for caption in texts if caption is not None and str(caption).strip()]
 
 
+def setting(key: str, name: str, value: str) -> str:
+    """What to type to set something of a data set: an option of a command, or with a key that of its recipe."""
+    return f"{key}.{name}={value}" if key else f"--{name.replace('_', '-')} {value}"
+
+
 def no_captions(where: str, names: Sequence[str], expected: str, key: str) -> DataError:
     """Pictures without caption; `expected` says where one would stand."""
     return DataError(
         f"{where}: {some(names)} without caption; expected {expected}. Give all pictures one caption with: "
-        f"{key}.prompt='a photo of sks dog', or write a copy without them: sdtune check {where} --fix OUT"
+        f"{setting(key, 'prompt', PROMPT)}, or write a copy without them: sdtune check {where} --fix OUT"
     )
 
 

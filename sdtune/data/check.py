@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sdtune.data.check_captions import Captioned, Reader, caption_findings
+from sdtune.data.check_entries import Entry
 from sdtune.data.check_findings import Finding, about, is_fatal, worst_first
 from sdtune.data.check_masks import Masked, mask_findings, mask_of
-from sdtune.data.check_reading import Entry, Reading, read
+from sdtune.data.check_reading import Reading, read
 from sdtune.data.check_scan import Look, look_at_all
 from sdtune.data.check_sizes import Frame, size_findings
 from sdtune.data.duplicates import ALIKE, groups_of_alike, groups_of_equal
@@ -154,6 +155,20 @@ def _reading_findings(reading: Reading) -> Iterator[Finding]:
     found = [
         *about("fatal", "rows", named(reading.bad_rows), "rows of the metadata that cannot be read", "mend them"),
         *about(
+            "fatal",
+            "files",
+            named(reading.bad_files),
+            "shards or parquet files that cannot be read",
+            "fetch them again, or leave what is lost out of a copy with --fix OUT",
+        ),
+        *about(
+            "fatal",
+            "no column",
+            named(reading.no_column),
+            f"files without the column '{reading.entry.text_column}', where captions are looked for",
+            "name the right one with --text-column (text_column in a recipe), or give all pictures one --prompt",
+        ),
+        *about(
             "fatal" if refused else "warning",
             "leaving",
             named(reading.leaving),
@@ -187,6 +202,13 @@ def _reading_findings(reading: Reading) -> Iterator[Finding]:
             named(reading.links),
             "pictures that are links to a place outside of the folder",
             "a copy of the folder elsewhere lacks them; put the files themselves in, as --fix OUT does",
+        ),
+        *about(
+            "warning",
+            "names",
+            named(reading.bad_names),
+            "pictures whose name has a backslash or is not UTF-8: no metadata can name them",
+            "rename them, as --fix OUT does",
         ),
         *about("note", "blank", named(reading.blank), "pictures with a blank caption too", "take these rows away"),
     ]

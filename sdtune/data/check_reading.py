@@ -7,43 +7,26 @@ so that every fault is told at once and all pictures are looked at all the same.
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from sdtune.data.captions import captions_of
-from sdtune.data.metadata import METADATA_FILES, is_picture, list_files
+from sdtune.data.check_entries import Entry
+from sdtune.data.layouts import PARQUET, archives
+from sdtune.data.metadata import METADATA_FILES, bad_name, is_picture, list_files
+from sdtune.data.parquet import columns_of, pictures_in_parquet
 from sdtune.data.picture import Picture
+from sdtune.data.shards import pictures_in_shard
 from sdtune.data.sidecars import sidecar_captions
-from sdtune.data.sources import Role, Source
+from sdtune.data.sources import Source
 from sdtune.data.splits import splits_of
 from sdtune.errors import DataError, SdtuneError
 
 Row = dict[str, Any]
 MASK_KEY = "mask_file_name"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One data set to check.
-
-    Attributes:
-        load: what training would call for it.
-        label: tells it from the others in a report; "" where it is the only one.
-        path: its folder on this machine; None for a data set of the Hub.
-        split, image_column, text_column, prompt, role: as `load_source` takes them.
-    """
-
-    load: Callable[[], Source]
-    label: str = ""
-    path: Path | None = None
-    split: str = "train"
-    image_column: str = "image"
-    text_column: str = "text"
-    prompt: str | None = None
-    role: Role = "instance"
 
 
 @dataclass
@@ -57,6 +40,8 @@ class Reading:
         folder: where the names of its pictures begin; None for a data set of the Hub.
         rows: of the metadata for each name, `file_name` relative to `folder`; empty where there is no metadata.
         bad_rows: what is wrong with each row that cannot be read.
+        bad_files: what is wrong with each shard or parquet file that cannot be read.
+        no_column: metadata and parquet files without the column of the captions, and what they have.
         missing: names of rows without a picture.
         leaving: names of rows that lead out of the folder; these pictures are not opened.
         links: names of pictures that are symbolic links to a place outside of the folder.
@@ -71,6 +56,8 @@ class Reading:
     folder: Path | None = None
     rows: dict[str, list[Row]] = field(default_factory=dict)
     bad_rows: list[str] = field(default_factory=list)
+    bad_files: list[str] = field(default_factory=list)
+    no_column: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     leaving: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
@@ -78,8 +65,15 @@ class Reading:
     blank: list[str] = field(default_factory=list)
 
     @property
+    def bad_names(self) -> list[str]:
+        """Names of the pictures that metadata.jsonl cannot hold."""
+        return [each.name for each in self.pictures if bad_name(each.name)]
+
+    @property
     def without_caption(self) -> list[str]:
-        """Names of the pictures that have no caption, and are referenced or need not be."""
+        """Names of the pictures that have no caption in its column, and are referenced or need not be."""
+        if self.no_column:
+            return []
         unreferenced = set(self.unreferenced)
         return [each.name for each in self.pictures if not each.captions and each.name not in unreferenced]
 
@@ -92,6 +86,7 @@ def read(entry: Entry) -> Reading:
         reading.pictures = list(reading.source.pictures)
     except SdtuneError as fault:
         reading.refusal = str(fault)
+        _read_archives(reading)
     if entry.path is not None and entry.path.is_dir():
         in_split = entry.split in splits_of(entry.path)
         reading.folder = entry.path / entry.split if in_split else entry.path
@@ -106,21 +101,53 @@ def leads_out(name: str) -> bool:
     return os.path.normpath(name.replace("\\", "/")).replace(os.sep, "/").split("/")[0] == ".."
 
 
+def _read_archives(reading: Reading) -> None:
+    """All pictures of shards and parquet files that can be read, with or without captions."""
+    entry = reading.entry
+    try:
+        files = archives(entry.path, entry.split) if entry.path is not None else []
+    except DataError:  # the refusal says it
+        return
+    for file in files:
+        try:
+            reading.pictures += _in_archive(file, entry, reading.no_column)
+        except DataError as fault:
+            reading.bad_files.append(str(fault))
+
+
+def _in_archive(file: Path, entry: Entry, no_column: list[str]) -> Iterator[Picture]:
+    if file.suffix.lower() != PARQUET:
+        return pictures_in_shard(file, entry.text_column, entry.prompt)
+    known, prompt = columns_of(file), entry.prompt
+    if prompt is None and entry.text_column not in known:
+        no_column.append(f"{file.name} has: {', '.join(known)}")
+        pictures = pictures_in_parquet(file, entry.image_column, entry.text_column, "", "")
+        return (replace(picture, captions=()) for picture in pictures)
+    return pictures_in_parquet(file, entry.image_column, entry.text_column, prompt, "")
+
+
 def _read_folder(reading: Reading, loaded: bool) -> None:
     assert reading.folder is not None
     entry, folder = reading.entry, reading.folder
     files = list_files(folder)
-    key = "file_name" if entry.image_column == "image" else f"{entry.image_column}_file_name"
+    key = entry.file_key
     others: set[str] = set()  # masks and the like
     for file in (name for name in files if os.path.basename(name) in METADATA_FILES):
-        inner = os.path.dirname(file)
+        inner, known, faults = os.path.dirname(file), dict[str, None](), len(reading.bad_rows)
         for number, row in _rows(folder / file, reading.bad_rows):
+            known |= dict.fromkeys(row)
             if not isinstance(row.get(key), str) or not row[key]:
                 reading.bad_rows.append(f"{file}, row {number}: names no picture in {key!r}")
                 continue
             row = _relative_to_top(row, inner)
             reading.rows.setdefault(row[key], []).append(row)
             others.update(name for other, name in row.items() if other != key and _is_name(other, name))
+        if loaded or len(reading.bad_rows) > faults:
+            continue
+        if not known:
+            reading.bad_rows.append(f"{file}: it has no rows; write one for each picture, or take the file away")
+        elif entry.prompt is None and entry.text_column not in known:
+            reading.no_column.append(f"{file} has: {', '.join(known)}")
     there = set(files)
     for name, rows in reading.rows.items():
         if leads_out(name):

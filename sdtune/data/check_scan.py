@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 from PIL import Image, UnidentifiedImageError
 
-from sdtune.data.picture import Picture
+from sdtune.data.picture import Picture, refuse_pipe
 from sdtune.errors import DataError, SdtuneError
 
 REDUCED = 64  # pixels of the shorter side that the hash is made of, at least
@@ -108,9 +108,11 @@ def cores() -> int:
 def look_at(content: bytes | str) -> Look:
     """Decodes one picture: the path of its file, or its encoded bytes."""
     try:
-        encoded = content if isinstance(content, bytes) else Path(content).read_bytes()
+        encoded = content if isinstance(content, bytes) else _read(content)
     except OSError as error:
         return Look(fault=error.strerror or str(error))
+    except DataError as error:
+        return Look(fault=str(error))
     if not encoded:
         return Look(fault="the file is empty")
     digest = xxhash.xxh3_128_digest(encoded)  # a cryptographic hash takes a twentieth of the decoding time
@@ -121,6 +123,11 @@ def look_at(content: bytes | str) -> Look:
     except Exception as error:  # Pillow's readers raise whatever the broken bytes lead them to
         fault = " ".join(str(error).split()) or type(error).__name__
     return Look(fault=fault, size=len(encoded), digest=digest)
+
+
+def _read(path: str) -> bytes:
+    refuse_pipe(path)
+    return Path(path).read_bytes()
 
 
 def _decoded(encoded: bytes, digest: bytes) -> Look:

@@ -3,17 +3,15 @@
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from sdtune.data.check import Seen, check, families
-from sdtune.data.check_reading import Entry
+from sdtune.data.check_entries import data_set_entries
 from sdtune.data.check_report import megabytes, some
 from sdtune.data.check_sizes import Frame
 from sdtune.data.check_watch import watch
 from sdtune.data.duplicates import ALIKE, MOST_BITS
 from sdtune.data.fix import write_copy
-from sdtune.data.sources import load_source
 from sdtune.errors import DataError, UsageError
 
 ANY_FRAME = Frame(8, 8)  # sizes are not asked for here
@@ -21,8 +19,11 @@ SHOWN = 50  # groups in the table
 
 
 def command(
-    folder: Path,
+    target: str,
     *,
+    prompt: str | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
     threshold: int = ALIKE,
     out: Path | None = None,
     sheet: Path | None = None,
@@ -31,7 +32,8 @@ def command(
     """`sdtune dedupe`; returns the exit code.
 
     Args:
-        folder: pictures, with or without captions.
+        target: folder or other path of pictures, with or without captions, or id of a data set on the Hub.
+        prompt, image_column, text_column: as `load_source` takes them.
         threshold: bits of the perceptual hash that may differ, of 64.
         out: new folder for what is kept: the largest picture of each group and all others.
         sheet: file for a contact sheet of the groups.
@@ -42,10 +44,10 @@ def command(
     """
     if not 0 <= threshold <= MOST_BITS:
         raise UsageError(f"--threshold: got {threshold}, expected a number of bits from 0 to {MOST_BITS}")
-    entry = Entry(partial(load_source, path=folder), path=folder)
-    report = check([entry], ANY_FRAME, threshold=threshold, watch=watch)
+    entries = data_set_entries(target, prompt, image_column, text_column)
+    report = check(entries, ANY_FRAME, threshold=threshold, watch=watch)
     if not report.pictures:
-        raise DataError(report.readings[0].refusal or f"{folder} holds no pictures.")
+        raise DataError(report.readings[0].refusal or f"{target} holds no pictures.")
     broken = [number for number, each in enumerate(report.pictures) if each.look.fault]
     groups = [_largest_first(group, report.pictures) for group in families(report.equal, report.alike)]
     groups.sort(key=lambda group: (-len(group), group[0]))

@@ -15,6 +15,7 @@ from sdtune.data.captions import captions_of
 from sdtune.data.check import Report, Seen
 from sdtune.data.check_reading import Reading, Row, leads_out
 from sdtune.data.metadata import is_picture, write_rows
+from sdtune.data.splits import unlike_splits
 from sdtune.errors import DataError, UsageError
 
 SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "MPO": ".jpg", "JPEG2000": ".jp2"}
@@ -62,7 +63,7 @@ def write_copy(
             rows = []
             for number in kept:
                 if report.pictures[number].reading is reading:
-                    rows += _copy(report.pictures[number], folder, (more or {}).get(number, ()))
+                    rows += _copy(report.pictures[number], number, folder, (more or {}).get(number, ()))
             if rows:
                 write_rows(folder, rows)
     return {"kept": len(kept), "dropped": len(report.pictures) - len(kept)}
@@ -107,22 +108,23 @@ def _aside(out: Path) -> Iterator[Path]:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _copy(each: Seen, folder: Path, more: Sequence[str]) -> list[Row]:
+def _copy(each: Seen, number: int, folder: Path, more: Sequence[str]) -> list[Row]:
     """Puts a picture into a folder; returns its rows."""
-    name, content = each.picture.name, each.picture.read()
+    name, content, entry = _file_name(each, number), each.picture.read(), each.reading.entry
+    if (folder / name).exists():  # two names became one
+        name = f"{number:06d}-{name.replace('/', '-')}"
     if isinstance(content, bytes):
-        name = _file_name(name, each.look.format)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     else:
         link_or_copy(content, folder / name)
-    rows = list(_own_rows(each.reading, each.picture.name, folder))
+    rows = [{**row, entry.file_key: name} for row in _own_rows(each.reading, each.picture.name, folder)]
     if not rows:
         weight = {} if each.picture.weight == 1 else {"weight": each.picture.weight}
-        rows = [{"file_name": name, "text": text, **weight} for text in each.picture.captions]
-    known = {text for row in rows for text in captions_of(row.get(each.reading.entry.text_column))}
+        rows = [{entry.file_key: name, entry.text_column: text, **weight} for text in each.picture.captions]
+    known = {text for row in rows for text in captions_of(row.get(entry.text_column))}
     new = [text for text in dict.fromkeys(more) if text not in known]
-    return rows + [_another(rows[0], each.reading.entry.text_column, text) for text in new]
+    return rows + [_another(rows[0], entry.text_column, text) for text in new]
 
 
 def _own_rows(reading: Reading, name: str, folder: Path) -> Iterator[Row]:
@@ -132,20 +134,28 @@ def _own_rows(reading: Reading, name: str, folder: Path) -> Iterator[Row]:
     for row in said or rows:
         kept: dict[str, Any] = {}
         for key, value in row.items():
-            if key.endswith("file_name") and isinstance(value, str) and value != name:
+            if key.endswith("file_name") and isinstance(value, str) and key != reading.entry.file_key:
                 if reading.folder is None or leads_out(value) or not (reading.folder / value).is_file():
                     continue
+                source, value = reading.folder / value, _plain(value)
                 if not (folder / value).exists():
-                    link_or_copy(str(reading.folder / value), folder / value)
+                    link_or_copy(str(source), folder / value)
             kept[key] = value
         yield kept
 
 
 def _another(row: Row, text_column: str, text: str) -> Row:
     """A further row for a row's picture."""
-    column = text_column if text_column in row else "text"
-    return {**row, column: [text] if isinstance(row.get(column), list) else text}
+    return {**row, text_column: [text] if isinstance(row.get(text_column), list) else text}
 
 
-def _file_name(name: str, kind: str) -> str:
-    return name if is_picture(name) else name + SUFFIXES.get(kind, f".{kind.lower()}")
+def _file_name(each: Seen, number: int) -> str:
+    """What a picture is called in the copy: as in its folder; out of a table or shard by its number."""
+    if is_picture(each.picture.name):
+        return _plain(each.picture.name)
+    return f"{number:06d}" + SUFFIXES.get(each.look.format, f".{each.look.format.lower()}")
+
+
+def _plain(name: str) -> str:
+    """A name that metadata.jsonl can hold and `datasets` takes for no split."""
+    return unlike_splits(name.encode("utf-8", "backslashreplace").decode().replace("\\", "-"))

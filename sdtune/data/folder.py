@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtune.data.captions import captions_of, some
+from sdtune.data.captions import PROMPT, captions_of, setting, some
 from sdtune.data.metadata import METADATA, METADATA_FILES, is_picture, list_files, read_rows
 from sdtune.data.picture import Picture
 from sdtune.data.sidecars import sidecar_captions
@@ -41,7 +41,7 @@ def folder_pictures(
     if not pictures and not metadata:
         raise DataError(
             f"{folder} holds no pictures; expected files such as .jpg, .png or .webp. Put some in, or give another "
-            f"folder with: {key}.path=FOLDER"
+            "folder" + (f" with: {setting(key, 'path', 'FOLDER')}" if key else "")
         )
     if not metadata and prompt is not None:
         return [_picture(folder, name, (prompt,), 1.0) for name in pictures]
@@ -195,7 +195,8 @@ def _split_folder(folder: Path, split: str, key: str) -> Path:
     if not folder.exists():
         raise DataError(f"{folder} does not exist; make it with: sdtune caption PHOTOS --out {folder}")
     if not folder.is_dir():
-        raise DataError(f"{folder} is a file; expected a folder of pictures. Give it with: {key}.path=FOLDER")
+        what = f"{folder} is a file; expected a folder of pictures, .tar shards or .parquet files"
+        raise DataError(what + (f". Give it with: {setting(key, 'path', 'FOLDER')}" if key else ""))
     splits = splits_of(folder)
     if split in splits:
         return folder / split
@@ -223,7 +224,7 @@ def _two_values(file: Path, name: str, what: str, first: object, second: object)
 def _no_captions(folder: Path, what: str, key: str) -> str:
     return (
         f"{what}; write a row for each into {folder / METADATA}, let them be written with: sdtune caption {folder} "
-        f"--out {folder}-captioned, or give all pictures one caption with: {key}.prompt='a photo of sks dog'"
+        f"--out {folder}-captioned, or give all pictures one caption with: {setting(key, 'prompt', PROMPT)}"
     )
 
 
@@ -232,5 +233,6 @@ def _no_column(file: Path, column: str, text_column: str | None, known: list[str
     which = "text_column" if column == text_column else "image_column"
     return (
         f"{file} has no key {column!r}; it has: {', '.join(others) or 'only file_name'}. Name the right one with: "
-        f"{key}.{which}=KEY" + (f", or give all pictures one caption with: {key}.prompt=..." if text_column else "")
+        + setting(key, which, "KEY")
+        + (f", or give all pictures one caption with: {setting(key, 'prompt', PROMPT)}" if text_column else "")
     )

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtune.data.captions import captions_of
+from sdtune.data.captions import PROMPT, captions_of, setting
 from sdtune.data.picture import Picture
 from sdtune.errors import DataError, HubError
 from sdtune.hub_access import hub_fault
@@ -28,7 +28,7 @@ def hub_pictures(
             which = "image_column" if column == image_column else "text_column"
             raise DataError(
                 f"{hub} ({split}) has no column {column!r}; it has: {', '.join(table.column_names)}. Name the right "
-                f"one with: {key}.{which}=COLUMN"
+                f"one with: {setting(key, which, 'COLUMN')}"
             )
     try:
         images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
@@ -42,7 +42,8 @@ def hub_pictures(
         if without:
             raise DataError(
                 f"{hub} ({split}): {len(without)} rows have no caption in {text_column!r}, the first is row "
-                f"{without[0]}; give all pictures one caption with: {key}.prompt=..., or choose another column."
+                f"{without[0]}; give all pictures one caption with: {setting(key, 'prompt', PROMPT)}, or choose "
+                "another column."
             )
     origin = f"{hub}:{split}"
     return [
@@ -73,7 +74,7 @@ def _load(hub: str, split: str, key: str) -> Any:
 def _no_network(hub: str, key: str) -> HubError:
     return HubError(
         f"the data set {hub!r} is not in the cache and the Hub cannot be reached; check the network, or give a local "
-        f"folder with: {key}.hub=null {key}.path=FOLDER"
+        "folder" + (f" with: {key}.hub=null {key}.path=FOLDER" if key else "")
     )
 
 

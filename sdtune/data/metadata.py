@@ -16,6 +16,7 @@ from sdtune.data.atomic import write_atomically
 from sdtune.errors import DataError
 
 METADATA = "metadata.jsonl"
+A_ROW = 'a row such as {"file_name": "rex.jpg", "text": "a dog on a beach"}'
 METADATA_FILES = (METADATA, "metadata.csv", "metadata.parquet")
 PICTURE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -66,7 +67,7 @@ def list_files(folder: str | Path) -> list[str]:
     Links to folders are followed, but for those to a folder above them.
     """
     folder, found = str(folder), []
-    above = {folder: (os.path.realpath(folder),)}  # of each folder: it and those above it, without links
+    above: dict[str, tuple[str, ...]] = {folder: (os.path.realpath(folder),)}  # of each: those above and itself
     for here, folders, files in os.walk(folder, followlinks=True):
         real = above.pop(here)
         for name in folders:
@@ -88,6 +89,17 @@ def is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
+def bad_name(name: str) -> str:
+    """Why a file's name cannot stand in metadata.jsonl; empty when it can."""
+    if "\\" in name:
+        return "its name has a backslash, which metadata.jsonl takes for a folder; rename it"
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return "its name is not UTF-8; rename it"
+    return ""
+
+
 def _file(path: str | Path) -> Path:
     path = Path(path)
     return path if path.suffix == ".jsonl" else path / METADATA
@@ -97,12 +109,12 @@ def _row(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{file}, line {number} is not JSON ({error}); got: {line.strip()[:80]}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise DataError(
-            f"{file}, line {number} names no picture; got: {line.strip()[:80]}; "
-            'expected a row such as {"file_name": "rex.jpg", "text": "a dog on a beach"}'
-        )
+            f"{file}, line {number} is not JSON ({error}); got: {line.strip()[:80]}; expected {A_ROW}. Mend the line, "
+            "or take it away"
+        ) from error
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        raise DataError(f"{file}, line {number} names no picture; got: {line.strip()[:80]}; expected {A_ROW}")
     return _with_slashes(row)
 
 

@@ -5,12 +5,12 @@ copied to a cache. Files of many rows a group are slow that way: datasets writes
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from sdtune.data.captions import captions_of, no_captions
+from sdtune.data.captions import captions_of, no_captions, setting
 from sdtune.data.picture import Picture
 from sdtune.errors import DataError
 
@@ -31,29 +31,41 @@ def parquet_pictures(
     Raises:
         DataError: a file is damaged, a column is missing, or a row has no caption.
     """
-    pictures, without = [], []
-    for file in files:
-        opened = _open(file)
-        _check_columns(file, opened, image_column, None if prompt is not None else text_column, key)
-        origin = str(file.resolve().parent)
-        for group in range(opened.num_row_groups):
-            rows = opened.metadata.row_group(group).num_rows
-            captions: list[tuple[str, ...]]
-            if prompt is not None:
-                captions = [(prompt,)] * rows
-            else:
-                texts = _column(file, opened, group, text_column).to_pylist()
-                captions = [tuple(captions_of(text)) for text in texts]
-            for row, some in enumerate(captions):
-                name = f"{file.name}/{group}-{row:06d}"
-                if not some:
-                    without.append(name)
-                pictures.append(Picture(name, some, 1.0, partial(_cell, str(file), group, image_column, row), origin))
+    pictures = [
+        picture for file in files for picture in pictures_in_parquet(file, image_column, text_column, prompt, key)
+    ]
     if not pictures:
         raise DataError(f"{files[0]} and the files beside it have no rows; expected one a picture")
-    if without:
+    if without := [picture.name for picture in pictures if not picture.captions]:
         raise no_captions(str(files[0].parent), without, f"a text in the column {text_column!r}", key)
     return pictures
+
+
+def pictures_in_parquet(
+    file: Path, image_column: str, text_column: str, prompt: str | None, key: str
+) -> Iterator[Picture]:
+    """The pictures of one file, those without caption too. Arguments as of `parquet_pictures`.
+
+    Raises:
+        DataError: the file is damaged, or a column is missing.
+    """
+    opened, origin = _open(file), str(file.resolve().parent)
+    _check_columns(file, opened, image_column, None if prompt is not None else text_column, key)
+    for group in range(opened.num_row_groups):
+        captions: list[tuple[str, ...]]
+        if prompt is not None:
+            captions = [(prompt,)] * opened.metadata.row_group(group).num_rows
+        else:
+            texts = _column(file, opened, group, text_column).to_pylist()
+            captions = [tuple(captions_of(text)) for text in texts]
+        for row, some in enumerate(captions):
+            read = partial(_cell, str(file), group, image_column, row)
+            yield Picture(f"{file.name}/{group}-{row:06d}", some, 1.0, read, origin)
+
+
+def columns_of(file: Path) -> list[str]:
+    """Names of a file's columns. Raises DataError where it is damaged."""
+    return list(_open(file).schema_arrow.names)
 
 
 def _open(file: Path) -> Any:
@@ -87,7 +99,7 @@ def _check_columns(file: Path, opened: Any, image_column: str, text_column: str 
         if column is not None and column not in known:
             raise DataError(
                 f"{file} has no column {column!r}; it has: {', '.join(known)}. Name the right one with: "
-                f"{key}.{which}=COLUMN"
+                f"{setting(key, which, 'COLUMN')}"
             )
 
 

@@ -1,7 +1,10 @@
 """One picture of a data set, not yet read."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from sdtune.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -25,3 +28,9 @@ class Picture:
     origin: str = ""
     mask: Callable[[], bytes | str] | None = None
     size: tuple[int, int] | None = None
+
+
+def refuse_pipe(path: str | os.PathLike[str]) -> None:
+    """Raises DataError where a path is that of a pipe or device: whoever opens one may wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError("it is no file but a folder, pipe or device")

@@ -34,11 +34,11 @@ class Sample:
     json: dict[str, Any] = field(default_factory=dict)
 
     def captions(self, column: str) -> tuple[str, ...]:
-        """The key `column` of the .json; for the usual "text" the .txt, else the .json's text or caption."""
+        """The key `column` of the .json; for "text" that of the .txt, else of the .json's text, else of its caption."""
         if column != "text":
             return tuple(captions_of(self.json.get(column)))
-        found = self.txt if self.txt is not None else self.json.get("text", self.json.get("caption"))
-        return tuple(captions_of(found))
+        places = (self.txt, self.json.get("text"), self.json.get("caption"))
+        return next((tuple(found) for place in places if (found := captions_of(place))), ())
 
 
 def shard_pictures(shards: Sequence[Path], text_column: str, prompt: str | None, key: str) -> list[Picture]:
@@ -52,52 +52,59 @@ def shard_pictures(shards: Sequence[Path], text_column: str, prompt: str | None,
     Raises:
         DataError: a shard is damaged or compressed, there are no pictures, or pictures without caption.
     """
-    pictures, without = [], []
-    for shard in shards:
-        for sample in read_shard(shard):
-            if sample.place is None:
-                continue
-            captions = (prompt,) if prompt is not None else sample.captions(text_column)
-            name = f"{shard.name}/{sample.name}"
-            if not captions:
-                without.append(name)
-            read = partial(_slice, str(shard), *sample.place)
-            pictures.append(Picture(name, captions, 1.0, read, str(shard.resolve().parent)))
+    pictures = [picture for shard in shards for picture in pictures_in_shard(shard, text_column, prompt)]
     if not pictures:
         raise DataError(f"{shards[0]} and the shards beside it hold no pictures; expected members such as 0001.jpg")
-    if without:
+    if without := [picture.name for picture in pictures if not picture.captions]:
         raise no_captions(str(shards[0].parent), without, f"a member .txt, or {text_column!r} in a .json", key)
     return pictures
 
 
+def pictures_in_shard(shard: Path, text_column: str, prompt: str | None) -> Iterator[Picture]:
+    """The pictures of one shard, those without caption too. Arguments as of `shard_pictures`.
+
+    Raises:
+        DataError: when it comes to where the shard is damaged.
+    """
+    origin = str(shard.resolve().parent)
+    for sample in read_shard(shard):
+        if sample.place is not None:
+            captions = (prompt,) if prompt is not None else sample.captions(text_column)
+            read = partial(_slice, str(shard), *sample.place)
+            yield Picture(f"{shard.name}/{sample.name}", captions, 1.0, read, origin)
+
+
 def read_shard(shard: Path) -> Iterator[Sample]:
-    """The samples of a tar file; texts are read, pictures only located."""
+    """The samples of a tar file; texts are read, pictures only located.
+
+    Raises:
+        DataError: when it comes to where the file is damaged; the samples before have been given out.
+    """
     sample: Sample | None = None
     try:
-        length = _whole_length(shard)
+        length = shard.stat().st_size
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                if not member.isfile():
-                    continue
-                if member.offset_data + member.size > length:  # tarfile takes a file that was cut off for its end
-                    raise tarfile.ReadError(f"cut off in {member.name}")
                 folder, _, base = member.name.rpartition("/")
                 stem, _, rest = base.partition(".")
-                if not stem:
-                    continue  # a hidden file
+                if not member.isfile() or not stem:  # a hidden file has no stem
+                    continue
                 name = f"{folder}/{stem}" if folder else stem
                 if sample is None or sample.name != name:
                     if sample is not None:
                         yield sample
                     sample = Sample(name)
+                if member.offset_data + member.size > length:  # tarfile takes a file that was cut off for its end
+                    raise tarfile.ReadError(f"cut off in {member.name}")
                 _take(sample, archive, member, f".{rest.lower()}")
+        if sample is not None:
+            yield sample
+        _refuse_no_end(shard)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(
             f"{shard} cannot be read as a WebDataset shard ({error}); expected a whole and uncompressed tar file. "
             "Fetch it again, or unpack it if it is compressed"
         ) from error
-    if sample is not None:
-        yield sample
 
 
 def _take(sample: Sample, archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> None:
@@ -114,14 +121,12 @@ def _take(sample: Sample, archive: tarfile.TarFile, member: tarfile.TarInfo, suf
             sample.json = _object(member.name, content)
 
 
-def _whole_length(shard: Path) -> int:
-    """Size of a tar file in bytes. Raises ReadError where it does not end in zeros, as tar files do."""
+def _refuse_no_end(shard: Path) -> None:
+    """Raises ReadError where a tar file does not end in zeros, as tar files do."""
     with open(shard, "rb") as file:
-        length = file.seek(0, 2)
-        file.seek(max(0, length - tarfile.BLOCKSIZE))
+        file.seek(max(0, file.seek(0, 2) - tarfile.BLOCKSIZE))
         if file.read().strip(b"\0"):
             raise tarfile.ReadError("its end is missing")
-    return length
 
 
 def _object(name: str, content: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 
 from sdtune import distributed
-from sdtune.data.picture import Picture
+from sdtune.data.picture import Picture, refuse_pipe
 from sdtune.data.sources import Source
 from sdtune.errors import DataError
 
@@ -134,7 +134,9 @@ def _open(read: Callable[[], str | bytes], name: str, whole: bool) -> tuple[str,
 
     try:
         content = read()
-        name = content if isinstance(content, str) else name
+        if isinstance(content, str):
+            name = content
+            refuse_pipe(content)
         with Image.open(BytesIO(content) if isinstance(content, bytes) else content) as opened:
             if whole or not _ends_well(content, opened.format):
                 opened.load()

@@ -83,6 +83,12 @@ def test_a_relative_pattern_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
     assert contents(load_source(path="shards/*.tar")) == [png(i) for i in range(4)]
 
 
+def test_a_blank_text_file_does_not_hide_the_caption_in_the_json(tmp_path: Path) -> None:
+    texts = {"a.txt": b" \n", "a.json": b'{"text": "", "caption": "from json"}'}
+    make_shard(tmp_path / "0.tar", {"a.png": png(0), **texts})
+    assert load_source(path=tmp_path / "0.tar").pictures[0].captions == ("from json",)
+
+
 def test_shards_with_folders_dots_and_several_pictures(tmp_path: Path) -> None:
     members = {
         "a/1.v2/x.seg.png": png(9), "a/1.v2/x.png": png(1), "a/1.v2/x.cls": b"3",

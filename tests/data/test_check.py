@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from functools import partial
 
@@ -11,7 +13,8 @@ from PIL import Image
 
 from sdtune.data.check import check
 from sdtune.data.check_captions import Captioned, Reader, caption_findings, holds
-from sdtune.data.check_reading import Entry, leads_out, read
+from sdtune.data.check_entries import Entry
+from sdtune.data.check_reading import leads_out, read
 from sdtune.data.check_report import as_text, as_values
 from sdtune.data.check_scan import Look
 from sdtune.data.check_sizes import Frame, size_findings, size_tables
@@ -175,9 +178,102 @@ def test_shards_are_looked_at_where_they_are(photos, tmp_path):
     assert len(look_through(tmp_path / "*.tar").pictures) == 6
 
 
+def shard(file, samples):
+    with tarfile.open(file, "w") as archive:
+        for name, content in samples.items():
+            (file.parent / "member").write_bytes(content)
+            archive.add(file.parent / "member", name)
+    (file.parent / "member").unlink()
+
+
+def test_one_fault_in_a_shard_or_table_hides_nothing_else(tmp_path):
+    (tmp_path / "shards").mkdir()
+    pictures = [encoded(drawing(number)) for number in range(5)]
+    shard(tmp_path / "shards" / "0.tar", {"a.jpg": pictures[0], "a.txt": b"one", "b.jpg": pictures[1]})
+    shard(tmp_path / "shards" / "1.tar", {"c.jpg": pictures[2], "c.txt": b"two", "d.jpg": b"x", "d.txt": b"three"})
+    shard(tmp_path / "shards" / "2.tar", {"e.jpg": pictures[3], "e.txt": b"four", "f.jpg": pictures[4]})
+    whole = (tmp_path / "shards" / "2.tar").read_bytes()
+    (tmp_path / "shards" / "2.tar").write_bytes(whole[: whole.index(b"f.jpg") + 1000])
+    report = look_through(tmp_path / "shards")
+    found = {kind: finding.names for kind, finding in kinds(report).items() if finding.level == "fatal"}
+    assert found["no caption"] == ("0.tar/b",) and found["broken"] == ("1.tar/d (not a picture)",)
+    assert "2.tar cannot be read as a WebDataset shard" in found["files"][0] and found.keys() == {
+        *("no caption", "broken", "files"),
+    }
+    assert not trains(tmp_path / "shards") and len(report.pictures) == 5
+    assert write_fixed(report, tmp_path / "clean") == {"kept": 3, "dropped": 2}
+    assert trains(tmp_path / "clean")
+    assert [each.captions for each in load_source(path=tmp_path / "clean").pictures] == [("one",), ("two",), ("four",)]
+
+
+@pytest.mark.parametrize("columns", [("image", "text"), ("img", "alt")])
+def test_the_copy_of_a_table_has_its_columns_and_opens_everywhere(tmp_path, columns):
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "table").mkdir()
+    image, text = columns
+    rows = [{image: encoded(drawing(number)), text: caption} for number, caption in enumerate(["one", None, "two"])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "table" / "train-00000-of-00001.parquet")
+    options = {"image_column": image, "text_column": text}
+    report = look_through(tmp_path / "table", **options)
+    assert [finding.count for finding in report.findings] == [1] and "no caption" in kinds(report)
+    assert write_fixed(report, tmp_path / "clean") == {"kept": 2, "dropped": 1}
+    assert trains(tmp_path / "clean", **options)
+    opened = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "clean"), cache_dir=str(tmp_path / "cache"))
+    assert opened["train"][text] == ["one", "two"] and len(opened) == 1 and image in opened["train"].column_names
+
+
+def test_a_table_without_the_column_is_looked_through_all_the_same(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"image": encoded(drawing(number)), "caption": "x"} for number in range(2)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    report = look_through(tmp_path / "a.parquet")
+    assert list(kinds(report)) == ["no column"] and len(report.good) == 2
+    assert kinds(report)["no column"].names == ("a.parquet has: image, caption",)
+
+
+def test_metadata_without_rows_is_told(photos):
+    (photos / "metadata.jsonl").write_text("")
+    assert kinds(look_through(photos))["rows"].names[0].startswith("metadata.jsonl: it has no rows")
+
+
+ODD = ["bad\udcff.jpg", "back\\slash.jpg", "test_1.jpg", "more/dev.jpg"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such names exist elsewhere")
+def test_odd_names_are_told_and_become_plain_in_a_copy(tmp_path):
+    folder = tmp_path / "odd"
+    for number, name in enumerate(ODD):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encoded(drawing(number)))
+    report = look_through(folder, prompt="a photo")
+    assert kinds(report)["names"].names == tuple(sorted(ODD[:2]))
+    write_fixed(report, tmp_path / "clean")
+    assert [each.name for each in load_source(path=tmp_path / "clean").pictures] == [
+        *("back-slash.jpg", "bad-udcff.jpg", "more/xdev.jpg", "xtest_1.jpg"),
+    ]
+    code = f"import sys; sys.argv = ['sdtune', *{['check', str(folder), '--prompt', 'x', '--json']!r}]\n"
+    ran = subprocess.run(
+        [sys.executable, "-c", code + "from sdtune.cli import main; main()"], capture_output=True, text=True
+    )
+    assert json.loads(ran.stdout)["pictures"] == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes in folders are known elsewhere")
+def test_a_pipe_is_not_waited_for(photos):
+    os.mkfifo(photos / "pipe.png")
+    report = look_through(photos, prompt="x")
+    assert kinds(report)["broken"].names == ("pipe.png (it is no file but a folder, pipe or device)",)
+
+
 def test_a_refusal_that_no_fault_explains_is_told_in_the_loaders_words(photos, tmp_path):
     report = look_through(photos, text_column="caption")
-    assert "no caption" in kinds(report)
+    assert list(kinds(report)) == ["no column"] and len(report.pictures) == 6
+    assert kinds(report)["no column"].names == ("metadata.jsonl has: file_name, text",)
     write_rows(photos, [{**row, "weight": number} for number in (1, 2) for row in rows_of(photos)])
     report = look_through(photos)
     assert "weights" in kinds(report)["refused"].do and report.fatal

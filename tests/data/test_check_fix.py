@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdtune.data import fix
 from sdtune.data.check import check
-from sdtune.data.check_reading import Entry
+from sdtune.data.check_entries import Entry
 from sdtune.data.check_sizes import Frame
 from sdtune.data.fix import write_fixed
 from sdtune.data.sources import Picture, Source, load_source
@@ -104,7 +104,7 @@ def test_pictures_that_are_no_files(tmp_path):
     report = check([Entry(lambda: Source(pictures))], Frame(64, 64))
     assert report.findings[0].names == ("00000002 (not a picture)",)
     assert write_fixed(report, tmp_path / "clean") == {"kept": 2, "dropped": 1}
-    assert list(content(tmp_path / "clean")) == ["00000000.png", "metadata.jsonl", "shard/1.jpg"]
+    assert list(content(tmp_path / "clean")) == ["000000.png", "000001.jpg", "metadata.jsonl"]
     again = load_source(path=tmp_path / "clean").pictures
     assert [(picture.captions, picture.weight) for picture in again] == [(("one", "uno"), 1.0), (("two",), 2.0)]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from data_tools import coco
 from sdtune.data.batches import collate
 from sdtune.data.check import check
-from sdtune.data.check_reading import Entry
+from sdtune.data.check_entries import Entry
 from sdtune.data.check_sizes import Frame
 from sdtune.data.dataset import TrainingSet, validation_examples
 from sdtune.data.images import cut, read_mask

@@ -101,6 +101,13 @@ def test_splits_keep_their_captions(fill, blip, tmp_path, beside, kind):
     assert len(load_source(path=out, split="test").pictures) == 2
 
 
+def test_a_list_of_captions_is_several(fill, blip):
+    photos = fill("a.png")
+    (photos / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["one", "two"]}', encoding="utf-8")
+    command(photos, out=photos.parent / "set", model=str(blip), kind="txt")
+    assert (photos.parent / "set" / "a.txt").read_text(encoding="utf-8") == "one\ntwo\n"
+
+
 def test_names_like_those_of_splits(fill, blip, tmp_path, capsys):
     photos = fill("test_1.png", "b.png", "dev/c.png")
     (photos / "b.txt").write_text("mine", encoding="utf-8")
