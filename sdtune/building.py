@@ -1,6 +1,6 @@
 """From settings to objects: each function reads the part of a recipe that it is named after."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdtune.adapters import SETTINGS, adapter_class
-from sdtune.adapters.base import Adapter
+from sdtune.adapters import NETWORKS, SETTINGS, adapter_class
+from sdtune.adapters.base import TOKENS, Adapter
+from sdtune.adapters.textual_inversion import TextualInversion
+from sdtune.adapters.together import Together
+from sdtune.adapters.tokens import Token
 from sdtune.config import DataSource, ModelSettings, Recipe, resolve_asset
 from sdtune.data.batches import Batch, collate
 from sdtune.data.buckets import Buckets, Size, default_step
@@ -140,19 +143,52 @@ def move(network: nn.Module, device: torch.device, half: torch.dtype | None) -> 
 
 
 def make_adapter(recipe: Recipe) -> Adapter:
-    """What learns."""
+    """What learns: the adapter, and tokens beside it if there are some."""
     settings = recipe.adapter
-    values = {name: getattr(settings, name) for name in SETTINGS[settings.kind]}
+    values = {name: getattr(settings, name) for name in SETTINGS[settings.kind] if name not in NETWORKS}
+    tokens = [Token(**one.model_dump()) for one in values.pop("tokens", None) or ()]
     if values.get("init_from") is not None:
         values["init_from"] = weights_folder(Path(resolve_asset(values["init_from"])))
-    return adapter_class(settings.kind)(**values)
+    inversion = [TextualInversion(tokens)] if tokens else []
+    if settings.kind == "textual-inversion":
+        return inversion[0]
+    adapter = adapter_class(settings.kind)(**values)
+    return Together([adapter, *inversion]) if inversion else adapter
+
+
+def check_tokens(recipe: Recipe, sources: Sequence[Source]) -> None:
+    """Raises DataError where a token that shall learn stands in no caption."""
+    captions = [caption for source in sources for picture in source.pictures for caption in picture.captions]
+    for one in recipe.adapter.tokens or ():
+        if not any(one.token.lower() in caption.lower() for caption in captions):
+            raise DataError(
+                f"'{one.token}' shall learn (adapter.tokens) and stands in none of the {len(captions)} captions, the "
+                f"first of which is '{captions[0]}'; write it where the thing is, or give every picture one caption: "
+                f"data.0.prompt='a photo of {one.token}'"
+            )
 
 
 def learning_networks(recipe: Recipe, family: Family) -> list[str]:
-    """Names of the networks that the adapter is attached to."""
+    """Names of the networks that the adapter is attached to. (Tokens find their text encoders by themselves.)"""
     if recipe.task == "autoencoding":
         return ["vae"]
     return [family.denoiser, *(family.text_encoders if recipe.adapter.text_encoder else ())]
+
+
+def gradient_networks(recipe: Recipe, family: Family) -> list[str]:
+    """Names of the networks that gradients go through, though not all of them may learn."""
+    if recipe.adapter.tokens:
+        return [family.denoiser, *family.text_encoders]
+    return learning_networks(recipe, family)
+
+
+def learning_rates(recipe: Recipe, family: Family, groups: Iterable[str]) -> dict[str, float]:
+    """The learning rate of each group of parameters that an adapter attaches, by the group's name."""
+    settings = recipe.optimizer
+    text_lr = settings.lr if settings.text_encoder_lr is None else settings.text_encoder_lr
+    own = dict.fromkeys(family.text_encoders, text_lr)
+    own[TOKENS] = settings.lr if settings.token_lr is None else settings.token_lr
+    return {group: own.get(group, settings.lr) for group in groups}
 
 
 def phases(recipe: Recipe) -> list[tuple[int, int]]:
@@ -320,7 +356,7 @@ def picture_size(recipe: Recipe) -> tuple[int, int]:
 def save_memory(networks: Sequence[nn.Module]) -> None:
     """Gradient checkpointing: activations are computed again in the backward pass instead of kept."""
     for network in networks:
-        kind: Any = network
+        kind: Any = network.train()  # in evaluation mode they are kept
         if hasattr(kind, "enable_gradient_checkpointing"):
             kind.enable_gradient_checkpointing()  # diffusers' models
         elif hasattr(kind, "activation_checkpointing_enable"):

@@ -17,8 +17,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdtune import building
-from sdtune.adapters.full import DECODER
-from sdtune.adapters.low_rank import is_target
 from sdtune.config import Recipe, resolve_asset
 from sdtune.data.check import Report
 from sdtune.data.check_findings import Finding, about
@@ -108,26 +106,13 @@ def run_seconds(recipe: Recipe, flops: int, speed: float) -> float:
     return samples * passes * flops / speed
 
 
-def learning_numbers(recipe: Recipe, network: nn.Module) -> int:
-    """How many numbers learn in the denoiser, or the VAE."""
-    if recipe.adapter.kind == "full":
-        named = network.named_parameters()
-        return sum(p.numel() for name, p in named if not recipe.adapter.decoder_only or name.startswith(DECODER))
-    adapter: Any = building.make_adapter(recipe)
-    return sum(
-        adapter.numbers(module)
-        for name, module in network.named_modules()
-        if is_target(module) and any(f".{name}".endswith(f".{end}") for end in adapter.targets)
-    )
-
-
 def written_bytes(recipe: Recipe, network: nn.Module) -> int:
     """Bytes that the run folder takes at its largest: final/ and the checkpoints that are kept, in float32.
 
     A checkpoint holds the weights as other tools read them, the learning numbers, and the optimizer's two averages; an
     EMA is one more. Text encoders and what stays of the base are counted for full training as the network is.
     """
-    learning = FLOATS * learning_numbers(recipe, network)
+    learning = FLOATS * building.make_adapter(recipe).numbers(network)
     every = recipe.output.checkpoint_every
     taken = 0 if every is None else -(-recipe.train.steps // every)
     kept = taken if recipe.output.keep_last is None else min(taken, recipe.output.keep_last + 1)  # one while it is made

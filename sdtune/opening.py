@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sdtune import building
-from sdtune.adapters.lora_files import WEIGHTS_NAME, find_lora, load_lora, peft_parts
+from sdtune.adapters.learned import find_learned, holds_adapter, load_learned
 from sdtune.config import ModelSettings, resolve_asset
 from sdtune.errors import WeightsError
 from sdtune.families import FAMILIES, family_class
@@ -23,7 +23,7 @@ def open_model(model: str, lora: str | None = None, *, device: torch.device, pre
 
     Args:
         model: run folder, its final/ or a checkpoint's weights/, diffusers folder, hub id, or tiny.
-        lora: file of a LoRA or a relative of it, or a folder or run that holds one.
+        lora: file of a LoRA, of a relative of it or of a token, or a folder or run that holds some.
         precision: of the networks on a GPU, as `building.frozen_dtype` has it.
 
     Raises:
@@ -31,9 +31,9 @@ def open_model(model: str, lora: str | None = None, *, device: torch.device, pre
     """
     path = weights_folder(Path(resolve_asset(model)))
     notes = read_notes(path)
-    loras = [find_lora(weights_folder(Path(lora)))] if lora else []
-    if (path / WEIGHTS_NAME).is_file() or peft_parts(path):
-        loras.insert(0, find_lora(path))
+    learned = find_learned(weights_folder(Path(lora))) if lora else []
+    if holds_adapter(path):
+        learned = find_learned(path) + learned
         family = open_base(path, notes)
     elif notes.get("task") == "autoencoding":
         raise WeightsError(
@@ -41,8 +41,8 @@ def open_model(model: str, lora: str | None = None, *, device: torch.device, pre
         )
     else:
         family = open_whole(str(path) if path.exists() else model, notes)
-    for file in loras:
-        load_lora(family, file)
+    for place in learned:
+        load_learned(family, place)
     building.place(family, device, building.frozen_dtype(device, precision))  # after them, so that it is rounded once
     return family
 

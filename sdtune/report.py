@@ -154,7 +154,11 @@ def learns(recipe: Mapping[str, Any]) -> str:
     adapter = recipe["adapter"]
     if recipe["task"] == "autoencoding":
         return "every weight of the VAE"
+    tokens = " and ".join(token["token"] for token in adapter.get("tokens") or ())
+    if adapter["kind"] == "textual-inversion":
+        return f"the embeddings of {tokens}"
     also = " and the text encoder" if adapter["text_encoder"] else ""
+    also += f", and the embeddings of {tokens}" if tokens else ""
     if adapter["kind"] == "full":
         return f"every weight of the UNet{also}"
     targets = adapter["targets"]

@@ -116,6 +116,7 @@ class Run:
         """The training set and the held-out batches."""
         settings = self.recipe.validation
         building.check_masks(self.recipe, sources)
+        building.check_tokens(self.recipe, sources)
         self.sources, self.validation = held_out(sources, settings.fraction, self.recipe.train.seed)
         measured = replace(self.validation, pictures=evenly([self.validation], settings.count))
         known = caching.known_views(self.recipe, self.stores, [*self.sources, measured])
@@ -143,10 +144,10 @@ class Run:
         device = self.accelerator.device
         building.place(self.family, device, building.frozen_dtype(device, recipe.train.precision, self.adapter))
         if recipe.train.gradient_checkpointing:
-            building.save_memory([self.family.modules[name] for name in networks])
+            through = building.gradient_networks(recipe, self.family)
+            building.save_memory([self.family.modules[name] for name in through])
         self.parameters = {f"{name}.{key}": p for name, some in learning.items() for key, p in some.items()}
-        text_lr = settings.lr if settings.text_encoder_lr is None else settings.text_encoder_lr
-        rates = {name: text_lr if name in self.family.text_encoders else settings.lr for name in learning}
+        rates = building.learning_rates(recipe, self.family, learning)
         optimizer = make_optimizer(
             settings.name,
             [(list(some.values()), rates[name]) for name, some in learning.items()],

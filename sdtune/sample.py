@@ -19,6 +19,7 @@ from sdtune.diffusion import draws
 from sdtune.errors import RunError, UsageError
 from sdtune.families.base import Conditioning, Family
 from sdtune.families.inpainting import hidden_and_rest
+from sdtune.families.loading import token_ids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -201,7 +202,7 @@ def lengthen(family: Family, prompts: Sequence[str]) -> None:
     longest = max(
         len(ids)
         for tokenizer in family.tokenizers.values()
-        for ids in tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+        for ids in token_ids(tokenizer, prompts)
     )
     width = family.modules[family.text_encoders[0]].config.max_position_embeddings - 2  # of a chunk; 75 for CLIP
     chunks = math.ceil(longest / width)

@@ -200,8 +200,9 @@ def make_recipe(base: Path | str, photos: Path | str, out: Path | str, **section
         "train": {"steps": 2, "batch_size": 2},
         "output": {"dir": str(out), "trackers": []},
     }
+    whole = ("full", "textual-inversion")  # kinds of adapters without a rank
     for name, section in sections.items():
-        merged = isinstance(section, dict) and "from_config" not in section and section.get("kind") != "full"
+        merged = isinstance(section, dict) and "from_config" not in section and section.get("kind") not in whole
         values[name] = values.get(name, {}) | section if merged else section
     recipe, faults = check(values)
     assert recipe is not None and not faults, faults

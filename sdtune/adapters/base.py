@@ -9,6 +9,7 @@ from torch import nn
 from sdtune.families.base import Family
 
 Parameters = dict[str, nn.Parameter]
+TOKENS = "tokens"  # the group of parameters that are rows of new tokens
 
 
 def learnable(family: Family, name: str, parameters: Parameters) -> Parameters:
@@ -40,8 +41,12 @@ class Adapter(Protocol):
             seed: new parameters start as a pure function of it.
 
         Returns:
-            For each network its learning parameters by name, in float32.
+            For each network, and for `TOKENS`, the learning parameters by name, in float32.
         """
+        ...
+
+    def numbers(self, network: nn.Module) -> int:
+        """How many numbers would learn in a denoiser (or VAE), told by its shapes before it is attached."""
         ...
 
     def save(self, family: Family, folder: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sdtune.adapters.base import Parameters, learnable
 from sdtune.families.base import Family
@@ -35,6 +36,11 @@ class Full:
                 parameters = {key: p for key, p in parameters.items() if key.startswith(DECODER)}
             learning[name] = learnable(family, name, parameters)
         return learning
+
+    def numbers(self, network: nn.Module) -> int:
+        """See `Adapter.numbers`."""
+        named = network.named_parameters()
+        return sum(p.numel() for name, p in named if not self.decoder_only or name.startswith(DECODER))
 
     def save(self, family: Family, folder: Path) -> None:
         """Write the whole model as a diffusers folder."""

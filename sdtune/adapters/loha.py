@@ -29,8 +29,8 @@ class LoHa(LowRank):
             rank_pattern=ranks,
         )
 
-    def numbers(self, layer: nn.Linear | nn.Conv2d) -> int:
-        """See `LowRank.numbers`."""
+    def beside(self, layer: nn.Linear | nn.Conv2d) -> int:
+        """See `LowRank.beside`."""
         out, into = layer.weight.shape[0], layer.weight[0].numel()
         return 2 * self.rank * (into + out)
 

@@ -47,8 +47,8 @@ class LoKr(LowRank):
             decompose_factor=self.factor,
         )
 
-    def numbers(self, layer: nn.Linear | nn.Conv2d) -> int:
-        """See `LowRank.numbers`."""
+    def beside(self, layer: nn.Linear | nn.Conv2d) -> int:
+        """See `LowRank.beside`."""
         from peft.tuners.lokr.layer import factorization
 
         out, into, *kernel = layer.weight.shape

@@ -35,8 +35,8 @@ class Lora(LowRank):
             **self.options,  # type: ignore[arg-type]
         )
 
-    def numbers(self, layer: nn.Linear | nn.Conv2d) -> int:
-        """See `LowRank.numbers`."""
+    def beside(self, layer: nn.Linear | nn.Conv2d) -> int:
+        """See `LowRank.beside`."""
         out, into = layer.weight.shape[0], layer.weight[0].numel()
         return self.rank * (into + out)
 
@@ -73,9 +73,9 @@ class Dora(Lora):
     kind = "dora"
     options: ClassVar[dict[str, bool]] = {"use_dora": True}
 
-    def numbers(self, layer: nn.Linear | nn.Conv2d) -> int:
-        """See `LowRank.numbers`: a length an output comes on top."""
-        return super().numbers(layer) + layer.weight.shape[0]
+    def beside(self, layer: nn.Linear | nn.Conv2d) -> int:
+        """See `LowRank.beside`: a length an output comes on top."""
+        return super().beside(layer) + layer.weight.shape[0]
 
 
 def text_key(key: str) -> str:

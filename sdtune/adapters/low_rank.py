@@ -70,9 +70,15 @@ class LowRank:
         """The alpha that makes a scale."""
         return scale * self.rank
 
-    def numbers(self, layer: nn.Linear | nn.Conv2d) -> int:
+    def beside(self, layer: nn.Linear | nn.Conv2d) -> int:
         """How many numbers learn beside a layer."""
         raise NotImplementedError
+
+    def numbers(self, network: nn.Module) -> int:
+        """See `Adapter.numbers`."""
+        ends = tuple(f".{end}" for end in self.targets)
+        layers = [layer for name, layer in network.named_modules() if is_target(layer) and f".{name}".endswith(ends)]
+        return sum(map(self.beside, layers))
 
     def attach(self, family: Family, networks: Sequence[str], seed: int) -> dict[str, Parameters]:
         """Put factors beside each target; see `Adapter.attach`.

@@ -167,6 +167,15 @@ def _adapter(recipe: Recipe) -> Iterator[Fault]:
     if adapter.targets == [] or isinstance(adapter.targets, str) and adapter.targets not in TARGET_PRESETS:
         expected = f"one of {', '.join(TARGET_PRESETS)}, or a list of module names"
         yield "adapter.targets", f"got {show(adapter.targets)}, expected {expected}"
+    tokens = [one.token for one in adapter.tokens or ()]
+    if adapter.kind == "textual-inversion" and not tokens:
+        yield "adapter.tokens", "missing; expected the words to learn, such as adapter.tokens=[{token: <cat>}]"
+    for number, token in enumerate(tokens):
+        if token.split() != [token] or token in tokens[:number]:
+            expected = "one word without spaces, that is not there twice"
+            yield f"adapter.tokens.{number}.token", f"got '{token}', expected {expected}"
+    if is_given(recipe, "optimizer.token_lr") and not tokens:
+        yield "optimizer.token_lr", "no token learns; set adapter.tokens or remove it"
     if is_given(recipe, "optimizer.text_encoder_lr") and not adapter.text_encoder and recipe.task == "denoising":
         yield "optimizer.text_encoder_lr", "the text encoder does not learn; set adapter.text_encoder=true or remove it"
 

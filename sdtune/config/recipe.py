@@ -43,6 +43,16 @@ class ModelSettings(Section):
     clip_skip: int = Field(0, ge=0, description="Layers left out at the end of the text encoder.")
 
 
+class LearnedToken(Section):
+    """A new word, which learns its embedding."""
+
+    token: str = Field(min_length=1, description="How it is written in captions and prompts.", examples=["<cat>"])
+    initializer: str | None = Field(
+        None, description="A word whose embedding it begins with; null: drawn like the embeddings that there are."
+    )
+    vectors: int = Field(1, ge=1, le=75, description="Embeddings it has; they stand where so many words would.")
+
+
 class AdapterSettings(Section):
     """Which parameters learn."""
 
@@ -80,6 +90,12 @@ class AdapterSettings(Section):
     )
     decoder_only: bool = Field(
         False, description="Task autoencoding: only the VAE's decoder learns, so that its latents stay what they are."
+    )
+    tokens: list[LearnedToken] | None = Field(
+        None,
+        min_length=1,
+        description="Words that are learned: alone with kind textual-inversion, or beside LoRA and its relatives "
+        "(pivotal tuning).",
     )
 
     @field_validator("rank")
@@ -208,6 +224,7 @@ class OptimizerSettings(Section):
         examples=[1e-4],
     )
     text_encoder_lr: float | None = Field(None, gt=0, description="Learning rate of the text encoder; null: lr.")
+    token_lr: float | None = Field(None, gt=0, description="Learning rate of adapter.tokens; null: lr.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay.")
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         default_factory=lambda values: [0.9, 0.99 if values.get("name") == "lion8bit" else 0.999],

@@ -158,7 +158,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int, length: i
     width = length - 2
     chunks = max(1, max_tokens // 75)
     rows = []
-    for ids in tokenizer(list(captions), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]:
+    for ids in token_ids(tokenizer, captions):
         row = []
         for c in range(chunks):
             part = ids[c * width : (c + 1) * width]
@@ -166,3 +166,14 @@ def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int, length: i
             row.append([tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *padding])
         rows.append(row)
     return rows
+
+
+def token_ids(tokenizer: Any, captions: Sequence[str]) -> list[list[int]]:
+    """Ids of captions, without start and end. A learned token of several vectors, `<cat>`, is followed by its others,
+    `<cat>_1` and so on, if the tokenizer has some."""
+    found = tokenizer(list(captions), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    added, others = tokenizer.get_added_vocab(), dict[int, list[int]]()
+    for token, number in added.items():
+        while (name := f"{token}_{len(others.get(number, ())) + 1}") in added:
+            others.setdefault(number, []).append(added[name])
+    return [[i for number in ids for i in (number, *others.get(number, ()))] for ids in found] if others else found

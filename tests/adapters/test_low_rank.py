@@ -12,7 +12,6 @@ from sdtune.adapters import ADAPTERS, SETTINGS, adapter_class
 from sdtune.adapters.lora_files import WEIGHTS_NAME
 from sdtune.building import make_adapter
 from sdtune.errors import UsageError
-from sdtune.estimate import learning_numbers
 from sdtune.families import family_class
 from sdtune.opening import open_model
 from sdtune.run import Run
@@ -85,7 +84,7 @@ def test_the_numbers_that_learn_are_known_before(sd: Path, photos: Path, tmp_pat
         section = settings(kind) | {"rank": rank} | ({"factor": 4} if kind == "lokr" else {})
         recipe = make_recipe(sd, photos, tmp_path / "run", adapter=section)
         family = family_class("stable-diffusion").load(str(sd))
-        expected = learning_numbers(recipe, family.modules["unet"])
+        expected = make_adapter(recipe).numbers(family.modules["unet"])
         learning = make_adapter(recipe).attach(family, ["unet"], 0)
         assert sum(p.numel() for p in learning["unet"].values()) == expected
 
