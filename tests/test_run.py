@@ -298,6 +298,31 @@ def test_a_vae_from_weights_keeps_its_scaling_factor(sd: Path, photos: Path, tmp
         assert torch.equal(tensor, run.family.modules["vae"].state_dict()[key])
 
 
+def test_of_a_vae_the_decoder_alone_may_learn(sd: Path, photos: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"task": "autoencoding", "train": {"steps": 20}, "optimizer": {"lr": 1e-3}}
+    run = finished(make_recipe(sd, photos, tmp_path / "run", adapter=FULL | {"decoder_only": True}, **common))
+    after, before = (weights(folder) for folder in (run.folder.final, sd / "vae"))
+    changed = {key.split(":")[1].split(".")[0] for key in before if not torch.equal(after[key], before[key])}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert losses(run.folder.path)[-1] < losses(run.folder.path)[0]
+    assert all(not p.requires_grad for p in run.family.modules["vae"].encoder.parameters())
+
+
+def test_the_decoder_alone_is_for_autoencoding(sd: Path, photos: Path, tmp_path: Path) -> None:
+    decoder = {"adapter.kind": "full", "adapter.decoder_only": "true"}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{base: {sd}}}\ndata: [{{path: {photos}}}]\nimages: {{resolution: 64}}\noptimizer: {{lr: 0.001}}\n"
+        f"train: {{steps: 1}}\noutput: {{dir: {tmp_path / 'run'}}}\n"
+    )
+    overrides = [f"{key}={value}" for key, value in decoder.items()]
+    with pytest.raises(ConfigError, match="adapter.decoder_only +is read by task: autoencoding only"):
+        load(recipe, overrides)
+    with pytest.raises(ConfigError, match="reconstruction.kl +the encoder, which it is for, does not learn"):
+        load(recipe, [*overrides, "task=autoencoding", "reconstruction.kl=0.1"])
+    assert load(recipe, [*overrides, "task=autoencoding"]).adapter.decoder_only
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
