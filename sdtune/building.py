@@ -25,6 +25,7 @@ from sdtune.errors import DataError, UsageError
 from sdtune.families import family_class
 from sdtune.families.base import Family
 from sdtune.families.inpainting import widen
+from sdtune.families.quantization import quantize
 from sdtune.families.schedulers import adjusted
 from sdtune.run_folder import weights_folder
 from sdtune.tasks import AutoencodingTask, DenoisingTask, Task
@@ -123,6 +124,13 @@ def frozen_dtype(device: torch.device, precision: str, adapter: Adapter | None =
     if device.type != "cuda" or (adapter is not None and adapter.writes_base):
         return None
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def quantize_frozen(recipe: Recipe, family: Family, device: torch.device) -> None:
+    """Pack what `model.quantize` names, on the device where it will be used. Call it before the adapter is attached."""
+    if recipe.model.quantize is not None:
+        for name in (family.denoiser, *family.text_encoders):
+            quantize(family.modules[name], recipe.model.quantize, device)
 
 
 def place(family: Family, device: torch.device, half: torch.dtype | None) -> None:

@@ -139,9 +139,9 @@ class Run:
         """Attach the adapter, join family and objective in a task, and prepare all for the device."""
         recipe, settings = self.recipe, self.recipe.optimizer
         self.adapter = building.make_adapter(recipe)
-        networks = building.learning_networks(recipe, self.family)
+        networks, device = building.learning_networks(recipe, self.family), self.accelerator.device
+        building.quantize_frozen(recipe, self.family, device)
         self.learning = learning = self.adapter.attach(self.family, networks, recipe.train.seed)
-        device = self.accelerator.device
         building.place(self.family, device, building.frozen_dtype(device, recipe.train.precision, self.adapter))
         if recipe.train.gradient_checkpointing:
             through = building.gradient_networks(recipe, self.family)

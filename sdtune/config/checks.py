@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from glob import glob, has_magic
 from pathlib import Path
 
-from sdtune.config.memory_checks import is_installed, optimizer, unread_by_optimizer
+from sdtune.config.memory_checks import is_installed, saving_memory, unread_by_optimizer
 from sdtune.config.messages import Fault, nearest, show
 from sdtune.config.recipe import TARGET_PRESETS, DataSource, Images, Recipe, Section
 from sdtune.config.shipped import TINY, resolve_asset
@@ -37,7 +37,7 @@ def impossible(recipe: Recipe) -> list[Fault]:
     """All faults of settings that are well formed one by one."""
     checks = (
         *(_names, _start, _parts, _paths, _unused, _adapter, _phases, _objective, _sources, _measurements, _schedule),
-        *(_images, _cache, optimizer, _trackers, _machine),
+        *(_images, _cache, saving_memory, _trackers, _machine),
     )
     return [fault for check in checks for fault in check(recipe)]
 

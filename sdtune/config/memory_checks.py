@@ -24,7 +24,7 @@ def is_installed(module: str) -> bool:
 
 def needs_bitsandbytes(recipe: Recipe) -> bool:
     """Whether a run will import it."""
-    return LIBRARIES.get(recipe.optimizer.name) == "bitsandbytes"
+    return recipe.model.quantize is not None or LIBRARIES.get(recipe.optimizer.name) == "bitsandbytes"
 
 
 def unread_by_optimizer(recipe: Recipe) -> dict[str, str]:
@@ -33,8 +33,13 @@ def unread_by_optimizer(recipe: Recipe) -> dict[str, str]:
     return dict.fromkeys(NOT_READ_BY.get(name, ()), f"{name} has no such setting; remove it")
 
 
-def optimizer(recipe: Recipe) -> Iterator[Fault]:
-    """Its library is here, and the settings beside it make sense."""
+def saving_memory(recipe: Recipe) -> Iterator[Fault]:
+    """All faults of these settings."""
+    for check in (_optimizer, _quantized):
+        yield from check(recipe)
+
+
+def _optimizer(recipe: Recipe) -> Iterator[Fault]:
     settings = recipe.optimizer
     library = LIBRARIES.get(settings.name)
     if library and not is_installed(library):
@@ -47,6 +52,17 @@ def optimizer(recipe: Recipe) -> Iterator[Fault]:
             yield "optimizer.schedule", what
         if recipe.train.ema is not None:
             yield "train.ema", "schedulefree averages the weights itself; remove train.ema, or take another optimizer"
+
+
+def _quantized(recipe: Recipe) -> Iterator[Fault]:
+    kind = recipe.model.quantize
+    if kind is None:
+        return
+    if not is_installed("bitsandbytes"):
+        yield "model.quantize", f"{kind} needs bitsandbytes, which is not installed: pip install bitsandbytes"
+    if recipe.adapter.kind == "full":
+        what = f"got {kind}, but with adapter.kind: full all weights learn, and those of few bits cannot"
+        yield "model.quantize", f"{what}; remove it, or take adapter.kind=lora"
 
 
 def _prodigy(recipe: Recipe) -> Iterator[Fault]:

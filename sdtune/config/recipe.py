@@ -41,6 +41,11 @@ class ModelSettings(Section):
         "the masked picture, with weights of zero.",
     )
     clip_skip: int = Field(0, ge=0, description="Layers left out at the end of the text encoder.")
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="Keep the frozen linear layers of the denoiser and the text encoders in 4 or 8 bits while a LoRA "
+        "or a relative learns; null: as they are.",
+    )
 
 
 class LearnedToken(Section):
