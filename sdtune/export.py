@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import yaml
 
+from sdtune.adapters.learned import find_learned, holds_adapter
 from sdtune.adapters.lora_files import WEIGHTS_NAME as LORA_NAME
-from sdtune.adapters.lora_files import LoraFile, check_fit, find_lora, load_lora, read_lora
+from sdtune.adapters.lora_files import LoraFile, check_fit, load_lora, read_lora
 from sdtune.adapters.lora_layers import LoraLayer
-from sdtune.adapters.lora_names import NETWORKS
+from sdtune.adapters.tokens import is_embedding, load_embedding, read_embedding
 from sdtune.checkpoint import could_not_write, written_aside
 from sdtune.config import resolve_asset
 from sdtune.data.atomic import flush
@@ -44,25 +45,35 @@ class Source:
     """What is exported.
 
     Attributes:
-        place: its weights: a LoRA's file or folder, or a whole model's folder, file or hub id.
-        lora: whether it is a LoRA, or a relative of one.
+        place: a folder, file or hub id.
+        lora: the file or folder of its LoRA, or of a relative of one; None where there is none.
+        tokens: the files of new tokens' embeddings.
         notes: what the run noted beside its weights (sdtune.json); empty for other models.
         recipe: the run's settings, run.yaml; empty for other models.
         base: the model of `--base`, if it was named.
     """
 
     place: str
-    lora: bool
+    lora: Path | None
+    tokens: Sequence[Path]
     notes: Mapping[str, Any]
     recipe: Mapping[str, Any]
     base: str | None
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is a model with all its weights."""
+        return self.lora is None and not self.tokens
+
     def open(self) -> Family:
-        """The whole model, the LoRA merged in."""
+        """The whole model, with the LoRA merged in and the tokens known."""
         path = Path(self.place)
-        if self.lora:
+        if not self.whole:
             family = open_whole(self.base, {}) if self.base else open_base(path, dict(self.notes))
-            load_lora(family, path)
+            for file in self.tokens:
+                load_embedding(family, file)
+            if self.lora is not None:
+                load_lora(family, self.lora)
             return family
         if self.notes.get("task") == "autoencoding":
             family_of: Any = family_class(self.notes["family"])
@@ -73,19 +84,22 @@ class Source:
         """The LoRA, its layers in that precision, and config.json of the base's UNet if the base is here.
 
         Raises:
-            WeightsError: it is a whole model, or does not fit its base.
+            WeightsError: there is no LoRA, or it does not fit its base.
         """
-        if not self.lora:
+        if self.lora is None:
             raise WeightsError(
                 f"'{self.place}' is a whole model, and this format is for LoRA. Take --format diffusers or "
                 "single-file; or make a LoRA of what it learned: sdtune lora extract --base BASE --tuned MODEL --rank "
                 "16 --out FILE"
+                if self.whole
+                else f"'{self.place}' holds new tokens and no LoRA; take --format diffusers, whose files A1111 and "
+                "ComfyUI read too"
             )
         base = self.base or self._noted_base()
         config = unet_config(base) if base else None
-        lora = read_lora(self.place, config)
+        lora = read_lora(self.lora, config)
         shapes = layer_shapes(base) if base else {name: (*layer.size,) for name, layer in lora.layers.items()}
-        check_fit(lora, shapes, self.place)
+        check_fit(lora, shapes, self.lora)
         kept = getattr(torch, dtype) if dtype else None
         return lora, {name: layer.to(kept) if kept else layer for name, layer in lora.layers.items()}, config
 
@@ -106,39 +120,64 @@ def find_source(place: str, base: str | None = None) -> Source:
     notes = read_notes(path)
     settings = [folder / "run.yaml" for folder in (given, *path.parents[:3]) if (folder / "run.yaml").is_file()]
     recipe = yaml.safe_load(settings[0].read_text(encoding="utf-8")) if notes and settings else {}
-    if path.is_file():
-        lora = path.suffix not in PICKLES and FIRST not in read_shapes(path)
-    else:
-        lora = (path / LORA_NAME).is_file() or any((path / name / "adapter_config.json").is_file() for name in NETWORKS)
-        lora = lora or (path.is_dir() and notes.get("task") != "autoencoding" and _is_lora_folder(path))
-    if base and not lora:
+    learned = _learned(path, notes)
+    tokens = [file for file in learned if file.is_file() and is_embedding(file)]
+    lora = next((file for file in learned if file not in tokens), None)
+    if base and not learned:
         raise UsageError(f"--base: '{place}' is a whole model and needs none; leave it out")
-    found = str(find_lora(path)) if lora else str(path) if path.exists() else place
-    return Source(found, lora, notes, recipe, str(weights_folder(Path(resolve_asset(base)))) if base else None)
+    if base and Path(resolve_asset(base)).exists():
+        base = str(weights_folder(Path(resolve_asset(base))))
+    return Source(str(path) if path.exists() else place, lora, tokens, notes, recipe, base)
 
 
-def _is_lora_folder(folder: Path) -> bool:
-    """Whether a folder that no run wrote holds a LoRA file and no model."""
-    return not (folder / "model_index.json").is_file() and len(list(folder.glob("*.safetensors"))) == 1
+def _learned(path: Path, notes: Mapping[str, Any]) -> list[Path]:
+    """The files of a LoRA and of tokens that a path means; none of a whole model."""
+    if path.is_file():
+        return [path] if path.suffix not in PICKLES and FIRST not in read_shapes(path) else []
+    some = path.is_dir() and notes.get("task") != "autoencoding" and not (path / "model_index.json").is_file()
+    return find_learned(path) if some and (holds_adapter(path) or any(path.glob("*.safetensors"))) else []
 
 
 # --- the formats ----------------------------------------------------------------------------------------------------
 
 
 def export_diffusers(source: Source, out: Path, dtype: str | None) -> None:
-    """A LoRA as `pipe.load_lora_weights(OUT)` reads it; of a whole model its folder."""
+    """As `pipe.load_lora_weights(OUT)` and `pipe.load_textual_inversion(OUT)` read it; of a whole model its folder."""
     from sdtune.adapters.lora_writing import write_diffusers
 
-    if not source.lora:
+    if source.whole:
         export_merged(source, out, dtype)
-    elif out.suffix == ".safetensors":
-        layers = source.layers(dtype)[1]
-        with file_aside(out) as aside:
-            write_diffusers(layers, aside)
-    else:
-        layers = source.layers(dtype)[1]
+        return
+    layers = source.layers(dtype)[1] if source.lora else {}
+    if out.suffix != ".safetensors":
         with written_aside(out) as aside:
-            write_diffusers(layers, aside / LORA_NAME)
+            if layers:
+                write_diffusers(layers, aside / LORA_NAME)
+            write_tokens(source, aside, dtype)
+        return
+    if len(source.tokens) + bool(layers) > 1:
+        raise UsageError(f"--out: there are several files to write, got the name of one, '{out}'; name a folder")
+    with file_aside(out) as aside:
+        if layers:
+            write_diffusers(layers, aside)
+        else:
+            write_token(source.tokens[0], aside, dtype)
+
+
+def write_tokens(source: Source, folder: Path, dtype: str | None) -> None:
+    """Copy the files of the tokens into a folder."""
+    for file in source.tokens:
+        write_token(file, folder / file.name, dtype)
+
+
+def write_token(file: Path, target: Path, dtype: str | None) -> None:
+    """Copy the embeddings of a token, as diffusers, A1111 and ComfyUI read them."""
+    from safetensors.torch import save_file
+
+    token, tensors = read_embedding(file)
+    kept = getattr(torch, dtype) if dtype else None
+    header = {"format": "pt", "token": token}
+    save_file({key: tensor.to(kept or tensor.dtype) for key, tensor in tensors.items()}, target, metadata=header)
 
 
 def export_peft(source: Source, out: Path, dtype: str | None) -> None:
@@ -148,6 +187,7 @@ def export_peft(source: Source, out: Path, dtype: str | None) -> None:
     layers = source.layers(dtype)[1]
     with written_aside(out) as aside:
         write_peft(layers, aside)
+        write_tokens(source, aside, dtype)
 
 
 def export_kohya(source: Source, out: Path, dtype: str | None) -> None:
@@ -165,6 +205,11 @@ def export_single_file(source: Source, out: Path, dtype: str | None) -> None:
     """A checkpoint in one file with the original names, a LoRA merged in: A1111, ComfyUI, `from_single_file`."""
     from safetensors.torch import save_file
 
+    if source.tokens:
+        raise WeightsError(
+            f"'{source.place}' has new tokens, and a checkpoint in one file holds no tokenizer to know them. Take "
+            "--format merged; or export the base, and put the tokens' files (--format diffusers) beside it"
+        )
     family = source.open()
     try:
         tensors = original_checkpoint(family.modules)
@@ -213,7 +258,7 @@ def export(source: Source, kind: str, out: Path, dtype: str | None = None) -> No
         raise UsageError(
             f"--out: the format {kind} is one file, got '{out}'; expected a name that ends in .safetensors"
         )
-    folder = kind in ("peft", "merged") or not source.lora
+    folder = kind in ("peft", "merged") or source.whole
     if folder and kind not in FILES and out.suffix == ".safetensors":
         raise UsageError(
             f"--out: this is a folder in the format {kind}, got '{out}'; expected a name without an ending"

@@ -19,7 +19,7 @@ from sdtune.families.stable_diffusion import StableDiffusion
 from sdtune.opening import open_model
 from sdtune.run import Run
 from tests.adapters.test_lora_formats import answers, close
-from tests.factories import make_recipe, weights
+from tests.factories import make_photos, make_recipe, weights
 from tests.families.test_single_file import only_configurations
 
 CPU = torch.device("cpu")
@@ -141,6 +141,58 @@ def test_merged_and_single_file(
     for name, network in back.modules.items():
         state = family.modules[name].state_dict()
         assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items()), name
+
+
+@pytest.fixture(scope="module")
+def with_tokens(sd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run that taught a token, one that taught two and a LoRA."""
+    place = tmp_path_factory.mktemp("tokens")
+    photos = make_photos(place / "photos", 2)
+    rows = [{"file_name": f"{number}.png", "text": "a photo of <cat> <rug>"} for number in range(2)]
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cat = {"token": "<cat>", "initializer": "dog"}
+    adapters = {
+        "textual-inversion": {"kind": "textual-inversion", "tokens": [cat]},
+        "pivotal": {"kind": "lora", "rank": 2, "tokens": [cat, {"token": "<rug>", "vectors": 2}]},
+    }
+    for name, adapter in adapters.items():
+        Run(make_recipe(sd, photos, place / name, adapter=adapter, optimizer={"lr": 1e-2, "token_lr": 0.1})).complete()
+    return {name: place / name for name in adapters}
+
+
+@torch.no_grad()
+def reads(pipeline: Any) -> torch.Tensor:
+    """What a pipeline's text encoder makes of the new token."""
+    return pipeline.encode_prompt("a photo of <cat>", CPU, 1, False)[0]
+
+
+@pytest.mark.parametrize("method", ["textual-inversion", "pivotal"])
+def test_tokens(with_tokens: dict[str, Path], sd: Path, tmp_path: Path, method: str) -> None:
+    source = find_source(str(with_tokens[method]))
+    expected = reads(open_model(str(with_tokens[method]), device=CPU).pipeline())
+    export(source, "diffusers", tmp_path / "folder")
+    export(source, "merged", tmp_path / "merged")
+    stock = StableDiffusionPipeline.from_pretrained(sd)
+    for file in sorted((tmp_path / "folder").glob("learned_embeds*")):
+        stock.load_textual_inversion(file)
+    close(reads(stock), expected)
+    merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+    close(reads(merged), expected)
+    if method == "pivotal":
+        stock.load_lora_weights(tmp_path / "folder" / WEIGHTS_NAME)
+        close(answers(stock), answers(merged))
+        export(source, "peft", tmp_path / "peft")
+        assert sorted(path.name for path in (tmp_path / "peft").iterdir())[-1] == "unet"
+        with pytest.raises(UsageError, match="several files to write.*name a folder"):
+            export(source, "diffusers", tmp_path / "a.safetensors")
+    else:
+        export(source, "diffusers", tmp_path / "cat.safetensors", "float16")
+        assert [tensor.dtype for tensor in load_file(tmp_path / "cat.safetensors").values()] == [torch.float16]
+        export(find_source(str(tmp_path / "cat.safetensors"), str(sd)), "merged", tmp_path / "again")
+        with pytest.raises(WeightsError, match="new tokens and no LoRA"):
+            export(source, "kohya", tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match="in one file holds no tokenizer"):
+        export(source, "single-file", tmp_path / "a.safetensors")
 
 
 def test_half_precision(runs: dict[str, Path], tmp_path: Path) -> None:
