@@ -26,18 +26,12 @@ from sdtune.families.base import Family
 from sdtune.families.headers import layer_shapes, unet_config
 from sdtune.families.original import original_checkpoint
 from sdtune.families.single_file import FIRST, PICKLES, read_shapes
+from sdtune.file_headers import kind_of, kohya_header, model_header
 from sdtune.opening import open_base, open_whole, read_notes
 from sdtune.run_folder import weights_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
-ARCHITECTURES = {
-    "SD1": "stable-diffusion-v1",
-    "SD2": "stable-diffusion-v2",
-    "SDXL": "stable-diffusion-xl-v1-base",
-}
 FAMILY_KINDS = {"sdxl": "SDXL"}  # families of one kind
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
-KOHYA_BASES = {"SD1": "sd_v1", "SD2": "sd_v2", "SDXL": "sdxl_base_v1-0"}
 
 
 @dataclass(frozen=True)
@@ -198,7 +192,7 @@ def export_kohya(source: Source, out: Path, dtype: str | None) -> None:
     kind = kind_of(unet) if unet else FAMILY_KINDS.get(source.notes.get("family", ""), lora.base)
     blocks = (unet or unet_config(kind)) if kind == "SDXL" else None
     with file_aside(out) as aside:
-        write_kohya(layers, aside, unet=blocks, header=kohya_header(source, kind, out.stem))
+        write_kohya(layers, aside, unet=blocks, header=kohya_header(source.notes, source.recipe, kind, out.stem))
 
 
 def export_single_file(source: Source, out: Path, dtype: str | None) -> None:
@@ -286,57 +280,6 @@ def file_aside(target: Path) -> Iterator[Path]:
         raise RunError(f"'{target}' could not be written ({reason}); make room, or name another place") from fault
     finally:
         aside.unlink(missing_ok=True)
-
-
-# --- what files say of themselves -----------------------------------------------------------------------------------
-
-
-def kind_of(unet: Mapping[str, Any]) -> str | None:
-    """SD1, SD2 or SDXL, from a UNet's config.json; None for models of other sizes."""
-    if unet.get("addition_embed_type") == "text_time":
-        return "SDXL"
-    return {768: "SD1", 1024: "SD2"}.get(unet["cross_attention_dim"])
-
-
-def model_header(family: Family, title: str) -> dict[str, str]:
-    """The header of a checkpoint in one file, as the ModelSpec of Stability AI has it."""
-    header = {"format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": title}
-    if "unet" in family.modules:
-        kind = kind_of(family.modules["unet"].config)
-        height, width = family.picture_size()
-        header |= {"modelspec.resolution": f"{width}x{height}"}
-        prediction = family.scheduler.get("prediction_type", "epsilon")
-        header |= {"modelspec.prediction_type": PREDICTIONS[prediction]} if prediction in PREDICTIONS else {}
-        header |= {"modelspec.architecture": ARCHITECTURES[kind]} if kind else {}
-    return header
-
-
-def kohya_header(source: Source, kind: str | None, name: str) -> dict[str, str]:
-    """What kohya's header says about training, as far as the run knows it; A1111 and others show it."""
-    recipe, size = source.recipe, source.notes.get("size")
-    header: dict[str, Any] = {
-        "ss_output_name": name,
-        "ss_base_model_version": KOHYA_BASES.get(kind or ""),
-        "ss_v2": kind == "SD2",
-        "ss_sd_model_name": source.notes.get("base"),
-        "ss_clip_skip": source.notes.get("clip_skip"),
-        "ss_seed": source.notes.get("seed"),
-        "ss_steps": source.notes.get("step"),
-        "ss_resolution": f"({size[1]}, {size[0]})" if size else None,
-        "ss_training_comment": "trained with sdtune",
-    }
-    if recipe:
-        rates = recipe.get("optimizer", {})
-        header |= {
-            "ss_learning_rate": rates.get("lr"),
-            "ss_text_encoder_lr": rates.get("text_encoder_lr"),
-            "ss_lr_scheduler": rates.get("schedule"),
-            "ss_optimizer": rates.get("name"),
-            "ss_mixed_precision": recipe["train"].get("precision"),
-            "ss_batch_size_per_device": recipe["train"].get("batch_size"),
-            "ss_max_train_steps": recipe["train"].get("steps"),
-        }
-    return {key: str(value) for key, value in header.items() if value is not None}
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

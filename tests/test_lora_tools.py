@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from sdtune.adapters.lora_arithmetic import extract, merge, resize
 from sdtune.adapters.lora_files import load_lora, read_lora
 from sdtune.adapters.lora_layers import LoraLayer
 from sdtune.adapters.lora_writing import write_diffusers, write_kohya
@@ -18,7 +19,7 @@ from sdtune.cli import app
 from sdtune.errors import WeightsError
 from sdtune.families.headers import unet_config
 from sdtune.families.stable_diffusion import StableDiffusion
-from sdtune.lora_tools import extract, info, merge, resize
+from sdtune.lora_tools import info
 from tests.adapters.test_lora_formats import answers, close
 
 LEGACY = "axes_legacy_processor_keys.safetensors"
