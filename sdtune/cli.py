@@ -306,6 +306,26 @@ def export(
     _end_with(run, debug)
 
 
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where it goes on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Nobody else may see it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the folder, and show what would go up.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where to write the folder; else RUN/push.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a run to the Hub: weights, a card with pictures and the settings."""
+
+    def execute() -> int:
+        from sdtune.hub import command
+
+        return command(run, repo, private=private, dry_run=dry_run, out=out, as_json=as_json)
+
+    _end_with(execute, debug)
+
+
 @recipes_app.command("ls")
 def recipes_ls(debug: Debug = False) -> None:
     """List the shipped recipes."""

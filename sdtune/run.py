@@ -340,7 +340,9 @@ class Run:
         """Write the weights, averaged where there is an EMA, and a note of what they belong to."""
         with self.averaged():
             self.adapter.save(self.family, folder)
-        checkpoint.write_json(folder / "sdtune.json", building.facts(self.recipe) | {"step": self.step})
+        inpaints = isinstance(self.task, DenoisingTask) and self.family.inpaints
+        notes = building.facts(self.recipe) | {"step": self.step, "inpaints": inpaints}
+        checkpoint.write_json(folder / "sdtune.json", notes)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within: the EMA's weights, if there is one, or those that the optimizer averages."""
@@ -382,7 +384,14 @@ def command(recipe: str, overrides: list[str], resume: bool = False, as_json: bo
     run.finish()
     if distributed.is_main():
         print(f"done: {run.folder.path} (weights in {run.folder.final})", file=sys.stderr)
-        if as_json:
-            result = {"run": str(run.folder.path), "steps": run.step, "loss": info.loss if info else None}
-            print(json.dumps(result))
+        result = {"run": str(run.folder.path), "steps": run.step, "loss": info.loss if info else None}
+        try:
+            if settings.output.push_to_hub is not None:
+                from sdtune.hub import push_after_training
+
+                repo, private = settings.output.push_to_hub, settings.output.private
+                result["url"] = push_after_training(run.folder.path, repo, private=private)
+        finally:  # a push that fails takes nothing away
+            if as_json:
+                print(json.dumps(result))
     return 0

@@ -37,7 +37,7 @@ def impossible(recipe: Recipe) -> list[Fault]:
     """All faults of settings that are well formed one by one."""
     checks = (
         *(_names, _start, _parts, _paths, _unused, _adapter, _phases, _objective, _sources, _measurements, _schedule),
-        *(_images, _cache, saving_memory, _trackers, _machine),
+        *(_images, _cache, saving_memory, _trackers, _hub, _machine),
     )
     return [fault for check in checks for fault in check(recipe)]
 
@@ -63,6 +63,8 @@ def unused_keys(recipe: Recipe) -> dict[str, str]:
         keys |= dict.fromkeys(BUCKETS_ONLY, "is read with images.buckets: true only; remove it")
     if not recipe.images.tag_shuffle:
         keys.setdefault("images.keep_tags", "is read with images.tag_shuffle: true only; remove it")
+    if recipe.output.push_to_hub is None:
+        keys["output.private"] = "is read with output.push_to_hub only; remove it"
     if recipe.model.from_config is not None:
         keys |= dict.fromkeys(LOADING_ONLY, "is read with model.base only; remove it")
     if recipe.adapter.decoder_only:
@@ -306,6 +308,19 @@ def _trackers(recipe: Recipe) -> Iterator[Fault]:
     for name in recipe.output.trackers:
         if not is_installed(name):
             yield "output.trackers", f"{name} is not installed; install it with: pip install {name.replace('_', '-')}"
+
+
+def _hub(recipe: Recipe) -> Iterator[Fault]:
+    repo = recipe.output.push_to_hub
+    if repo is None:
+        return
+    if not looks_like_hub_id(repo):
+        yield "output.push_to_hub", f"got '{repo}', expected user/name, such as ann/my-dog"
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        what = "you are not logged in to the Hub; log in with: hf auth login (or push later: sdtune push RUN user/name)"
+        yield "output.push_to_hub", what
 
 
 def _machine(recipe: Recipe) -> Iterator[Fault]:

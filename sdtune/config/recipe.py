@@ -297,6 +297,10 @@ class Output(Section):
     dir: str = Field(min_length=1, description="Run folder; it must not exist yet.", examples=["runs/my-run"])
     checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; null: none.")
     keep_last: int | None = Field(2, ge=1, description="Checkpoints that are kept; null: all.")
+    push_to_hub: str | None = Field(
+        None, description="Where the result goes on the hub when the training has ended: user/name; null: nowhere."
+    )
+    private: bool = Field(False, description="Whether nobody else may see it there.")
     trackers: list[
         Literal["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
     ] = Field(["tensorboard"], description="Where the numbers also go, through Accelerate.")
