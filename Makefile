@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 endif
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow lint format docs clean
 
 help:
 	@echo "make demo       teach the embedded tiny model 16 new things, with a report: about 4 minutes"
 	@echo "make test       run the tests (make test-slow: the full-size models too)"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       write docs/settings.md from the settings"
 	@echo "make setup      only create $(VENV) and install into it"
 
 setup: $(STAMP)
@@ -43,6 +44,9 @@ lint: $(STAMP)
 
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .
+
+docs: $(STAMP)
+	$(BIN)/python -m sdtune.config.schema > docs/settings.md
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -465,6 +465,21 @@ def _is_number(text: str) -> bool:
     return not Path(text).exists()
 
 
+@recipes_app.command("schema")
+def recipes_schema(debug: Debug = False) -> None:
+    """Print the JSON schema of a recipe, for editors."""
+
+    def run() -> int:
+        import json
+
+        from sdtune.config.schema import recipe_schema
+
+        print(json.dumps(recipe_schema(), indent=2))
+        return 0
+
+    _end_with(run, debug)
+
+
 def _shipped(name: str) -> Path:
     """The file of a shipped recipe. Raises UsageError with the nearest name."""
     from sdtune.config.shipped import shipped_recipes

@@ -99,14 +99,18 @@ def _unused(recipe: Recipe) -> Iterator[Fault]:
             yield key, why
 
 
-def _names(recipe: Recipe) -> Iterator[Fault]:
+def known_names() -> dict[str, list[str]]:
+    """The settings that name something of a dict, and what they can name."""
     from sdtune.adapters import ADAPTERS
     from sdtune.families import FAMILIES
 
-    for key, got, known in (
-        ("model.family", recipe.model.family, list(FAMILIES)),
-        ("adapter.kind", recipe.adapter.kind, list(ADAPTERS)),
-    ):
+    return {"model.family": list(FAMILIES), "adapter.kind": list(ADAPTERS)}
+
+
+def _names(recipe: Recipe) -> Iterator[Fault]:
+    given = {"model.family": recipe.model.family, "adapter.kind": recipe.adapter.kind}
+    for key, known in known_names().items():
+        got = given[key]
         if got not in known:
             yield key, f"got '{got}', expected one of {', '.join(known)}; {nearest(got, known)}"
 
