@@ -175,7 +175,7 @@ def explain(fault: Exception, repo: str) -> str:
         return f"the Hub has no '{owner}' that a repository could be made for ({repo}); check the name"
     if status in (409, 412):
         return f"{repo} was changed by somebody else during the upload; push once more"
-    if is_network_fault(fault) or passes(fault):
+    if passes(fault):
         return f"{reason(fault)}, after {len(WAITS) + 1} tries; push once more when it is back"
     return f"the Hub refused the upload to {repo}: {shortened(fault)}"
 

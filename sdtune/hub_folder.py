@@ -14,10 +14,9 @@ from sdtune.config import Recipe, dump, parse
 from sdtune.config.shareable import shareable, shareable_notes
 from sdtune.errors import RunError, UsageError
 from sdtune.model_card import model_card
-from sdtune.run_folder import RunFolder, read_metrics
+from sdtune.run_folder import NOTES, RunFolder, read_metrics
 
 FOLDER = "push"  # in the run folder, unless another place is named
-NOTES = "sdtune.json"
 CARD = "README.md"
 # Where networks and tokenizers note what they were loaded from; nothing reads it again.
 ORIGINS = ("_name_or_path", "name_or_path", "base_model_name_or_path")

@@ -13,9 +13,7 @@ from sdtune.errors import WeightsError
 from sdtune.families import FAMILIES, family_class
 from sdtune.families.base import Family
 from sdtune.families.loading import read_index
-from sdtune.run_folder import weights_folder
-
-NOTES = "sdtune.json"  # beside the weights of a run
+from sdtune.run_folder import NOTES, weights_folder
 
 
 def open_model(model: str, lora: str | None = None, *, device: torch.device, precision: str = "fp32") -> Family:

@@ -26,7 +26,7 @@ from sdtune.libraries import prepare as prepare_libraries
 from sdtune.logbook import Logbook
 from sdtune.optimizers import averaged, make_optimizer
 from sdtune.resuming import check_folder
-from sdtune.run_folder import RunFolder
+from sdtune.run_folder import NOTES, RunFolder
 from sdtune.tasks import AutoencodingTask, DenoisingTask, TrainStep
 from sdtune.train import Ema, StepInfo, lr_factor, make_accelerator, prepare, train
 
@@ -342,7 +342,7 @@ class Run:
             self.adapter.save(self.family, folder)
         inpaints = isinstance(self.task, DenoisingTask) and self.family.inpaints
         notes = building.facts(self.recipe) | {"step": self.step, "inpaints": inpaints}
-        checkpoint.write_json(folder / "sdtune.json", notes)
+        checkpoint.write_json(folder / NOTES, notes)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within: the EMA's weights, if there is one, or those that the optimizer averages."""
@@ -389,6 +389,7 @@ def command(recipe: str, overrides: list[str], resume: bool = False, as_json: bo
             if settings.output.push_to_hub is not None:
                 from sdtune.hub import push_after_training
 
+                result["url"] = None
                 repo, private = settings.output.push_to_hub, settings.output.private
                 result["url"] = push_after_training(run.folder.path, repo, private=private)
         finally:  # a push that fails takes nothing away

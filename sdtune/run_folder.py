@@ -35,6 +35,8 @@ LIBRARIES = (
     "bitsandbytes",
 )
 
+NOTES = "sdtune.json"  # beside weights: which model they belong to
+
 
 class RunFolder:
     """Paths and files of one run."""
@@ -122,7 +124,7 @@ def weights_folder(path: Path) -> Path:
     Raises:
         WeightsError: the run has no weights yet.
     """
-    if not (path / "run.yaml").is_file():
+    if not (path / "run.yaml").is_file() or (path / NOTES).is_file():  # weights from the Hub have a run.yaml beside
         return path
     if (path / "final").is_dir():
         return path / "final"

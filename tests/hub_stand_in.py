@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -125,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.connection.close()
                 return
         request.body = self.read_body()
-        time.sleep(hub.delay)
+        threading.Event().wait(hub.delay)  # not `time.sleep`, which tests replace
         if fault is not None:
             self.answer(int(fault[0]), {"error": f"asked to fail with {fault[0]}"})
             return

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import constants, snapshot_download
+from huggingface_hub.hf_api import api
 from PIL import Image
 from pydantic import BaseModel
 
@@ -40,6 +41,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         pages = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pages)
+        monkeypatch.setattr(api, "endpoint", server.url)  # the one behind the functions of huggingface_hub
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
@@ -291,7 +293,6 @@ def test_a_hub_that_says_nothing_is_given_up(
 ) -> None:
     monkeypatch.setattr(pushing, "PATIENCE", (1, 0.05, 1, 1))
     monkeypatch.setattr(pushing, "WAITS", (1,))
-    monkeypatch.setattr("tests.hub_stand_in.time.sleep", lambda seconds: __import__("threading").Event().wait(seconds))
     hub.delay = 0.3
     with pytest.raises(HubError, match="cannot be reached"):
         push(lora, "ann/dog")
