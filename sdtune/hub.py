@@ -205,7 +205,7 @@ def shortened(fault: Exception) -> str:
 def check_name(repo: str) -> None:
     """Raises UsageError unless it is user/name, as the Hub takes them."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(repo)
@@ -239,7 +239,7 @@ def address(repo: str) -> str:
 @contextmanager
 def plain_messages() -> Iterator[None]:
     """Within: huggingface_hub's own messages without the signed part of addresses, and bars on a terminal alone."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     logger, shown = logging.getLogger("huggingface_hub.utils._http"), not are_progress_bars_disabled()
     logger.addFilter(without_signature)
