@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from sdtune.adapters.lora_arithmetic import extract, merge, resize
+from sdtune.adapters.lora_arithmetic import extract, merge, resize, singular_values
 from sdtune.adapters.lora_files import load_lora, read_lora
 from sdtune.adapters.lora_layers import LoraLayer
 from sdtune.adapters.lora_writing import write_diffusers, write_kohya
@@ -202,6 +202,18 @@ def test_extracting_a_merged_lora_gives_its_product(sd: Path, tmp_path: Path) ->
     assert extract(base.modules, tuned.modules, 3)[1].share < 0.999
     with pytest.raises(WeightsError, match="equal weights"):
         extract(base.modules, base.modules, 3)
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (5, 5)])
+def test_singular_values(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    matrix[1] = 2 * matrix[0]  # one singular value is zero
+    u, s, v = singular_values(matrix)
+    torch.testing.assert_close(s, torch.linalg.svdvals(matrix), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(u @ s.diag() @ v, matrix)
+    torch.testing.assert_close(u[:, :4].T @ u[:, :4], torch.eye(4), atol=1e-5, rtol=1e-5)
+    assert singular_values(torch.zeros(3, 4))[1].abs().max() == 0
 
 
 # --- the commands ---------------------------------------------------------------------------------------------------

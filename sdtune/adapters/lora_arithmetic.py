@@ -126,11 +126,28 @@ def extract(base: Mapping[str, Any], tuned: Mapping[str, Any], rank: int) -> tup
         if name is None or difference.ndim not in (2, 4) or "embedding" in name:
             energy.total += difference.square().sum().item()
         elif difference.any():
-            u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
+            u, s, v = singular_values(difference.flatten(1))
             layers[name] = truncated(u, s, v, tuple(weights[name].shape), rank, 1.0, energy)
     if not layers:
         raise WeightsError("the two models have equal weights; there is nothing to extract")
     return layers, energy
+
+
+def singular_values(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition u diag(s) v of a matrix (out, in), n = min(out, in), the largest first.
+
+    Through the eigenvalues of the smaller of M M^T and M^T M in float64: several times faster than torch.linalg.svd for
+    the flat matrices of convolutions. Singular values below 1e-8 of the largest are noise.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        v, s, u = singular_values(matrix.T)
+        return u.T, s, v.T
+    wide = matrix.double()  # (n, m)
+    squares, u = torch.linalg.eigh(wide @ wide.T)
+    squares, u = squares.flip(0).clamp(min=0), u.flip(1)
+    s = squares.sqrt()
+    v = u.T @ wide / s.clamp(min=1e-12 * float(s[0]) or 1.0)[:, None]
+    return u.float(), s.float(), v.float()
 
 
 def _networks(modules: Mapping[str, Any]) -> dict[str, Any]:
