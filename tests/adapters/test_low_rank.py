@@ -105,7 +105,7 @@ for job in json.load(open(sys.argv[1])):
     pipeline = StableDiffusionPipeline.from_pretrained(job["base"], safety_checker=None)
     if job["kind"] in ("lokr", "loha"):
         PeftModel.from_pretrained(pipeline.unet, job["final"] + "/unet")
-        PeftModel.from_pretrained(pipeline.text_encoder, job["final"] + "/text_encoder")
+        pipeline.text_encoder.load_adapter(job["final"] + "/text_encoder")
     else:
         pipeline.load_lora_weights(job["final"])
     with torch.no_grad():
