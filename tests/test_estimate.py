@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdtune import estimate
+from sdtune import building, estimate
 from sdtune.run import Run
 from tests.factories import make_recipe
 
@@ -22,7 +22,7 @@ def test_learning_numbers_are_those_of_the_run(sd: Path, photos: Path, tmp_path:
     recipe = make_recipe(sd, photos, tmp_path / "run", adapter={"rank": 3, "targets": targets})
     network = estimate.make_empty(recipe, estimate.network_config(recipe) or {})
     run = Run(recipe)
-    assert estimate.learning_numbers(recipe, network) == sum(p.numel() for p in run.parameters.values())
+    assert building.make_adapter(recipe).numbers(network) == sum(p.numel() for p in run.parameters.values())
 
 
 @pytest.mark.parametrize("adapter", [{"kind": "lora", "targets": "all"}, FULL], ids=["lora", "full"])
