@@ -114,16 +114,20 @@ def tags(recipe: Recipe, inpaints: bool) -> list[str]:
     kind = recipe.adapter.kind
     if kind in ("lora", "rslora", "dora"):
         found += ["lora", "template:sd-lora"]  # the second asks for the page with the gallery
-    if kind != "lora":
+    if kind not in ("lora", "textual-inversion"):
         found.append(kind)
+    if recipe.adapter.tokens:
+        found.append("textual_inversion")
     if any(source.role == "class" or source.prompt for source in recipe.data):
         found.append("dreambooth")
     return found
 
 
 def trigger_words(recipe: Recipe) -> list[str]:
-    """The prompts that whole folders of pictures were learned under."""
-    return list(dict.fromkeys(s.prompt for s in recipe.data if s.role == "instance" and s.prompt))
+    """The tokens that were learned, and the prompts that whole folders of pictures were learned under."""
+    tokens = [learned.token for learned in recipe.adapter.tokens or []]
+    prompts = [source.prompt for source in recipe.data if source.role == "instance" and source.prompt]
+    return list(dict.fromkeys(tokens + prompts))
 
 
 def summary(recipe: Recipe, inpaints: bool) -> str:
@@ -172,4 +176,4 @@ def overrides(recipe: Recipe) -> list[str]:
 
 def cell(value: str) -> str:
     """A text that can stand in a table."""
-    return value.replace("|", "\\|").replace("\n", " ")
+    return value.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -4,6 +4,7 @@ from sdtune.config import Recipe
 from sdtune.config.shipped import TINY
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+EMBEDDING = "learned_embeds"
 PEFT_FOLDERS = ("lokr", "loha")  # kinds that are written in peft's own format
 
 
@@ -26,8 +27,13 @@ def loading_code(recipe: Recipe, repo: str, prompt: str, *, inpaints: bool = Fal
     lines = ["import torch", f"from diffusers import {', '.join(sorted(names))}"]
     if inpaints:
         lines.append("from diffusers.utils import load_image")
+    two_tables = recipe.model.family == "sdxl" and bool(recipe.adapter.tokens)
+    if two_tables:
+        lines.append("from huggingface_hub import hf_hub_download")
     if recipe.adapter.kind in PEFT_FOLDERS:
         lines.append("from peft import PeftModel")
+    if two_tables:
+        lines.append("from safetensors.torch import load_file")
     if recipe.adapter.kind != "full" and recipe.model.base == TINY:
         lines.append("from sdtune.config import resolve_asset")
     lines += [
@@ -62,9 +68,25 @@ def pipeline_lines(recipe: Recipe, repo: str, name: str, single: bool) -> list[s
         for part in networks:
             lines.append(f'adapter = PeftModel.from_pretrained(pipeline.{part}, "{repo}", subfolder="{part}")')
             lines.append(f"pipeline.{part} = adapter.merge_and_unload()")
-    else:
+    elif recipe.adapter.kind != "textual-inversion":
         lines.append(f'pipeline.load_lora_weights("{repo}", weight_name="{LORA_FILE}")')
-    return lines + sampler_lines(recipe)
+    return lines + token_lines(recipe, repo) + sampler_lines(recipe)
+
+
+def token_lines(recipe: Recipe, repo: str) -> list[str]:
+    """Let the pipeline know the tokens that were learned."""
+    tokens, lines = recipe.adapter.tokens or [], []
+    for number, learned in enumerate(tokens, 1):
+        file = f"{EMBEDDING}{f'-{number}' if len(tokens) > 1 else ''}.safetensors"
+        token = f'token="{learned.token}"'
+        if recipe.model.family != "sdxl":
+            lines.append(f'pipeline.load_textual_inversion("{repo}", weight_name="{file}", {token})')
+            continue
+        lines.append(f'rows = load_file(hf_hub_download("{repo}", "{file}"))')
+        for key, end in (("clip_l", ""), ("clip_g", "_2")):
+            parts = f"text_encoder=pipeline.text_encoder{end}, tokenizer=pipeline.tokenizer{end}"
+            lines.append(f'pipeline.load_textual_inversion(rows["{key}"], {token}, {parts})')
+    return lines
 
 
 def drawing_lines(recipe: Recipe, prompt: str, inpaints: bool) -> list[str]:

@@ -211,6 +211,7 @@ def test_what_is_fetched_draws_as_the_run_does(hub: HubStandIn, lora: Path, tmp_
     assert pictures[0] == pictures[1]
 
 
+CAT = [{"token": "<cat>", "initializer": "dog", "vectors": 2}]
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora with text encoder": {"adapter": {"text_encoder": True}},
@@ -218,6 +219,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "lokr": {"adapter": {"kind": "lokr"}},
     "loha": {"adapter": {"kind": "loha", "text_encoder": True}},
     "full": {"adapter": {"kind": "full"}},
+    "textual-inversion": {"adapter": {"kind": "textual-inversion", "tokens": CAT}},
+    "pivotal": {"adapter": {"tokens": [*CAT, {"token": "<mat>"}], "text_encoder": True}},
+    "sdxl pivotal": {"model": {"family": "sdxl"}, "adapter": {"tokens": CAT}},
     "another prediction": {"objective": {"prediction": "v_prediction", "zero_terminal_snr": True}},
     "sdxl": {"model": {"family": "sdxl"}, "adapter": {"text_encoder": True}},
     "inpainting": {"model": {"inpaint": True}, "adapter": {"kind": "full"}},
@@ -235,8 +239,9 @@ def test_the_code_of_the_card_works(
     hub.put("some/base", {f.relative_to(base).as_posix(): f.read_bytes() for f in base.rglob("*") if f.is_file()})
     monkeypatch.chdir(tmp_path)
     validate = {} if method == "vae" else {"validate": {"samples": {"prompts": ['a "dog"'], "steps": 1}}}
-    train = {"train": {"steps": 1, "batch_size": 1}}
-    run = Run(make_recipe("some/base", photos, tmp_path / "run", **train, **validate, **sections)).complete()
+    prompt = {"prompt": "a photo of <cat> on <mat>"} if "tokens" in sections.get("adapter", {}) else {}
+    few = {"train": {"steps": 1, "batch_size": 1}, "data": [{"path": str(photos), **prompt}]}
+    run = Run(make_recipe("some/base", photos, tmp_path / "run", **few, **validate, **sections)).complete()
     push(run, "ann/dog")
     card = hub.files("ann/dog")["README.md"].decode()
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "some/base"
