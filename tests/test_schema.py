@@ -87,14 +87,4 @@ def test_each_setting_is_described_and_says_when_to_change_it() -> None:
     assert [key for key in WHEN if key not in (*keys, *PENDING)] == [], "remove these from sdtune/config/advice.py"
 
 
-PENDING = (
-    "adapter.text_encoder_until",
-    "adapter.denoiser_from",
-    "adapter.decoder_only",
-    "adapter.tokens.N.token",
-    "adapter.tokens.N.initializer",
-    "adapter.tokens.N.vectors",
-    "optimizer.token_lr",
-    "model.quantize",
-    "train.attention",
-)
+PENDING = ("train.attention",)
