@@ -80,7 +80,7 @@ def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run or model folder, hub id, or tiny.")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be given several times.")],
     negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
-    lora: Annotated[str | None, typer.Option(help="A LoRA file, or a folder or run with one.")] = None,
+    lora: Annotated[str | None, typer.Option(help="A file of a LoRA or a token, or a folder or run with some.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count on.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Guidance scale.")] = 7.5,
@@ -379,7 +379,7 @@ def recipes_cp(
 
 @lora_app.command("info")
 def lora_info(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A LoRA file, or a folder or run with one.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A file of a LoRA or a token, or a folder or run with some.")],
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="Count what would be applied to it.")] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -421,7 +421,7 @@ def lora_merge(
 
 @lora_app.command("resize")
 def lora_resize(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A LoRA file, or a folder or run with one.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A file of a LoRA or a token, or a folder or run with some.")],
     out: LoraOut,
     rank: Annotated[int | None, typer.Option(min=1, help="The new rank, at most.")] = None,
     fraction: Annotated[float, typer.Option(min=0.01, max=1, help="Share of each layer's energy to keep.")] = 1.0,

@@ -10,7 +10,9 @@ import torch
 
 from sdtune.adapters import ADAPTERS, SETTINGS, adapter_class
 from sdtune.adapters.lora_files import WEIGHTS_NAME
-from sdtune.building import make_adapter
+from sdtune.adapters.textual_inversion import TextualInversion
+from sdtune.adapters.tokens import Token
+from sdtune.building import make_adapter, place
 from sdtune.errors import UsageError
 from sdtune.families import family_class
 from sdtune.opening import open_model
@@ -204,3 +206,21 @@ def test_two_processes_are_one_with_twice_the_batch(pairs: Path, kind: str) -> N
     expected = weights(one / "final")
     for key, tensor in weights(two / "final").items():
         torch.testing.assert_close(tensor, expected[key], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [*LOW_RANK, "textual-inversion"])
+def test_frozen_weights_may_be_rounded(sd: Path, kind: str) -> None:
+    """As on a GPU in bf16: the base in half precision, what learns in float32."""
+    family: Any = family_class("stable-diffusion").load(str(sd))
+    inverts = kind == "textual-inversion"
+    adapter = TextualInversion([Token("<cat>")]) if inverts else adapter_class(kind)(rank=4, targets="all")
+    learning = adapter.attach(family, ["unet", "text_encoder"], 0)
+    place(family, CPU, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        x_t = torch.linspace(-1, 1, 4 * 32 * 32).reshape(1, 4, 32, 32)
+        family.predict(x_t, torch.tensor([300]), family.encode_text(["a <cat>"])).square().mean().backward()
+    assert {p.dtype for p in family.modules["unet"].parameters() if not p.requires_grad} == {torch.bfloat16}
+    for some in learning.values():
+        for parameter in some.values():
+            assert parameter.dtype == torch.float32
+            assert parameter.grad is not None and parameter.grad.isfinite().all()
