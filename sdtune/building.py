@@ -27,6 +27,7 @@ from sdtune.families.base import Family
 from sdtune.families.inpainting import widen
 from sdtune.families.quantization import quantize
 from sdtune.families.schedulers import adjusted
+from sdtune.models.attention import use_kernel
 from sdtune.run_folder import weights_folder
 from sdtune.tasks import AutoencodingTask, DenoisingTask, Task
 
@@ -131,6 +132,14 @@ def quantize_frozen(recipe: Recipe, family: Family, device: torch.device) -> Non
     if recipe.model.quantize is not None:
         for name in (family.denoiser, *family.text_encoders):
             quantize(family.modules[name], recipe.model.quantize, device)
+
+
+def choose_attention(recipe: Recipe, family: Family, device: torch.device) -> None:
+    """Let the networks attend as `train.attention` says. Raises UsageError where that cannot run."""
+    if recipe.train.attention != "sdpa":
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.precision, torch.float32)
+        for network in family.modules.values():
+            use_kernel(network, recipe.train.attention, device, dtype)
 
 
 def place(family: Family, device: torch.device, half: torch.dtype | None) -> None:

@@ -140,6 +140,7 @@ class Run:
         recipe, settings = self.recipe, self.recipe.optimizer
         self.adapter = building.make_adapter(recipe)
         networks, device = building.learning_networks(recipe, self.family), self.accelerator.device
+        building.choose_attention(recipe, self.family, device)
         building.quantize_frozen(recipe, self.family, device)
         self.learning = learning = self.adapter.attach(self.family, networks, recipe.train.seed)
         building.place(self.family, device, building.frozen_dtype(device, recipe.train.precision, self.adapter))

@@ -120,11 +120,13 @@ def test_libraries_stay_in_their_rooms(module: str) -> None:
 @pytest.mark.parametrize("module", [name for name in MODULES if inside(name, "sdtune.models", "sdtune.diffusion")])
 def test_networks_and_mathematics_are_our_own(module: str) -> None:
     # Loading, saving, outputs and adapters come from diffusers; layers, attention, embeddings and schedulers do not.
+    # (The kernels under attention are torch's or xformers'.)
     mixins = tuple(
         f"diffusers.{name}"
         for name in ("configuration_utils", "loaders", "models.modeling_utils", "models.modeling_outputs", "utils")
     )
     allowed = ("torch", "sdtune", *(mixins if inside(module, "sdtune.models") else ()))
+    allowed += ("xformers.ops",) if module == "sdtune.models.attention" else ()
     for imported, _ in imports(MODULES[module]):
         if imported.split(".")[0] not in sys.stdlib_module_names:
             assert inside(imported, *allowed), f"{module} imports {imported}"

@@ -19,6 +19,7 @@ from sdtune.adapters import lora_names
 from sdtune.adapters.lora_layers import LoraLayer, Shape
 from sdtune.errors import WeightsError
 from sdtune.families.base import Family
+from sdtune.families.quantization import QuantizedLinear
 from sdtune.families.saving import historical_key
 from sdtune.families.single_file import LAYOUTS, NAMES
 
@@ -221,8 +222,8 @@ def load_lora(family: Family, place: str | Path) -> None:
     """
     unet: Any = family.modules[family.denoiser]
     lora = read_lora(place, unet.config)
+    check_fit(lora, weight_shapes(family.modules), place)
     weights = named_weights(family.modules)
-    check_fit(lora, {name: tuple(weight.shape) for name, weight in weights.items()}, place)
     for name, layer in lora.layers.items():
         weights[name].data = layer.merged(weights[name].data)
 
@@ -230,6 +231,17 @@ def load_lora(family: Family, place: str | Path) -> None:
 def named_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """The weight of each layer by its name as in `lora_names`, without adapters that are there already."""
     return dict(_named_weights(modules))
+
+
+def weight_shapes(modules: Mapping[str, nn.Module]) -> dict[str, Shape]:
+    """The shape of each layer's weight by its name as in `lora_names`, of packed ones as of any."""
+    shapes: dict[str, Shape] = {name: tuple(weight.shape) for name, weight in named_weights(modules).items()}
+    for network, module in modules.items():
+        for key, layer in module.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                name = f"{network}.{_historical(network, key.removesuffix('.base_layer'))}"
+                shapes[name] = layer.out_features, layer.in_features
+    return shapes
 
 
 def _named_weights(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

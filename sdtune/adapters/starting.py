@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sdtune.adapters.lora_files import LoraFile, check_fit, named_weights, read_lora
+from sdtune.adapters.lora_files import LoraFile, check_fit, read_lora, weight_shapes
 from sdtune.adapters.lora_names import parse
 from sdtune.errors import UsageError
 from sdtune.families.base import Family
@@ -35,7 +35,7 @@ class Start:
         """
         unet: Any = family.modules[family.denoiser]
         lora = read_lora(place, unet.config)
-        check_fit(lora, {name: tuple(weight.shape) for name, weight in named_weights(family.modules).items()}, place)
+        check_fit(lora, weight_shapes(family.modules), place)
         kinds = sorted({layer.kind for layer in lora.layers.values()})
         if kinds != [kind]:
             raise UsageError(

@@ -35,7 +35,7 @@ def unread_by_optimizer(recipe: Recipe) -> dict[str, str]:
 
 def saving_memory(recipe: Recipe) -> Iterator[Fault]:
     """All faults of these settings."""
-    for check in (_optimizer, _quantized):
+    for check in (_optimizer, _quantized, _attention):
         yield from check(recipe)
 
 
@@ -63,6 +63,18 @@ def _quantized(recipe: Recipe) -> Iterator[Fault]:
     if recipe.adapter.kind == "full":
         what = f"got {kind}, but with adapter.kind: full all weights learn, and those of few bits cannot"
         yield "model.quantize", f"{what}; remove it, or take adapter.kind=lora"
+
+
+def _attention(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.train.attention != "xformers":
+        return
+    instead = "or set train.attention=sdpa, which saves as much"
+    if not is_installed("xformers"):
+        yield "train.attention", f"xformers is not installed: pip install xformers, {instead}"
+    import torch
+
+    if not torch.cuda.is_available():
+        yield "train.attention", f"xformers has kernels for NVIDIA GPUs only, and this machine has none; {instead[3:]}"
 
 
 def _prodigy(recipe: Recipe) -> Iterator[Fault]:

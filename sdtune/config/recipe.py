@@ -254,6 +254,9 @@ class TrainSettings(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Number format of the computation.")
     seed: int = Field(0, ge=0, description="Every random number of the run follows from it.")
     gradient_checkpointing: bool = Field(False, description="Less memory for more time.")
+    attention: Literal["sdpa", "xformers"] = Field(
+        "sdpa", description="What computes attention: torch's own kernels, or those of xformers (NVIDIA GPUs)."
+    )
     cache: bool = Field(True, description="Keep latents and text embeddings in memory instead of encoding them anew.")
     cache_dir: str | None = Field(
         None,

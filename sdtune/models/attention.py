@@ -1,13 +1,64 @@
-"""Attention, and the transformers made of it. `attend` is the only function that computes scores."""
+"""Attention, and the transformers made of it. Only the kernels compute scores; `use_kernel` chooses."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdtune.errors import UsageError
 from sdtune.models.layers import Checkpointed
 
+# Takes q (B, N, heads, D), k and v (B, M, heads, D) and a bias that is broadcast to (B, heads, N, M), or None.
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's own attention: flash, memory-efficient or plain, as device and type allow."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """xformers' memory-efficient attention, for NVIDIA GPUs."""
+    from xformers.ops import memory_efficient_attention
+
+    if bias is not None:  # wanted whole, and in rows that begin at multiples of 8 numbers
+        (batch, tokens, heads, _), others = q.shape, k.shape[1]
+        whole = bias.to(q.dtype).expand(batch, heads, tokens, others)
+        bias = F.pad(whole, (0, -others % 8))[..., :others]
+    return memory_efficient_attention(q, k, v, attn_bias=bias)
+
+
+KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "xformers": xformers}
+
+
+def use_kernel(network: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Let all attention of a network go through a kernel of `KERNELS`.
+
+    Args:
+        device, dtype: where and in which type it will run; it is tried there.
+
+    Raises:
+        UsageError: the kernel is not installed, or has nothing for this device and type.
+    """
+    kernel, x = KERNELS[name], torch.zeros(1, 8, 1, 8, device=device, dtype=dtype)
+    try:
+        kernel(x, x, x, None)
+    except (ImportError, NotImplementedError) as fault:
+        raise UsageError(
+            f"train.attention: {name} does not run here on {device.type} in {dtype} ({str(fault).splitlines()[0]}); "
+            "install the release that was built for this torch (pip install -U xformers), or set train.attention=sdpa, "
+            "which keeps no matrix of scores either"
+        ) from fault
+    for part in network.modules():
+        if isinstance(part, (Attention, SpatialAttention)):
+            part.kernel = kernel
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None, kernel: Kernel = sdpa
+) -> Tensor:
     """Softmax attention of several heads side by side.
 
     Args:
@@ -15,14 +66,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = No
         k, v: keys and values, (B, M, heads * D).
         heads: the number of heads.
         bias: added to the scores, broadcast to (B, heads, N, M); None adds nothing.
+        kernel: one of `KERNELS`.
 
     Returns:
         (B, N, heads * D).
 
-    Source: Vaswani et al. 2017, eq. 1; the kernel (flash where there is one) keeps no N x M matrix.
+    Source: Vaswani et al. 2017, eq. 1; no kernel keeps an N x M matrix where the device has a better one.
     """
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)  # (B, N, heads * D)
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))  # (B, tokens, heads, D)
+    return kernel(q, k, v, bias).flatten(2)  # (B, N, heads * D)
 
 
 class SpatialAttention(nn.Module):
@@ -37,6 +89,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, *, groups: int, eps: float) -> None:
         super().__init__()
+        self.kernel: Kernel = sdpa
         self.group_norm = nn.GroupNorm(groups, channels, eps)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
@@ -46,7 +99,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, C, H, W)."""
         tokens = to_tokens(self.group_norm(x))  # (B, H * W, C)
-        out = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), heads=1)
+        out = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), heads=1, kernel=self.kernel)
         return x + to_map(self.to_out[0](out), x.shape[2:])
 
 
@@ -61,7 +114,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int, context_channels: int | None = None) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.kernel = heads, sdpa
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_channels or channels, channels, bias=False)
         self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
@@ -70,7 +123,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x: (B, N, C), context: (B, M, C_context), bias: broadcast to (B, heads, N, M) -> (B, N, C)."""
         context = x if context is None else context
-        return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, bias))
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out[0](attend(q, k, v, self.heads, bias, self.kernel))
 
 
 class GEGLU(nn.Module):

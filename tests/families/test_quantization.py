@@ -196,6 +196,14 @@ def test_a_run_learns_and_its_lora_is_drawn_with(kind: str, sd: Path, photos: Pa
         assert 0 < error(answer(opened), answer(run.family)) < 2 * NEAR[kind]
 
 
+def test_a_run_begins_from_a_lora(sd: Path, photos: Path, tmp_path: Path) -> None:
+    first = Run(make_recipe(sd, photos, tmp_path / "first", adapter={"text_encoder": True}))
+    first.complete()
+    start = {"adapter": {"rank": None, "text_encoder": True, "init_from": str(tmp_path / "first")}}
+    second = Run(make_recipe(sd, photos, tmp_path / "second", model={"quantize": "nf4"}, **start))
+    assert all(torch.equal(second.parameters[name], parameter) for name, parameter in first.parameters.items())
+
+
 def faults(monkeypatch: pytest.MonkeyPatch, installed: bool, **sections: Any) -> dict[str, str]:
     from sdtune.config import memory_checks
     from sdtune.config.files import check
