@@ -1,6 +1,7 @@
 """From settings to objects: each function reads the part of a recipe that it is named after."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,17 @@ def move(network: nn.Module, device: torch.device, half: torch.dtype | None) -> 
         frozen = half is not None and not parameter.requires_grad
         parameter.data = parameter.data.to(device=device, dtype=half if frozen else parameter.dtype)
     network.to(device)  # the buffers
+
+
+@contextmanager
+def visiting(network: Any, device: torch.device) -> Iterator[None]:
+    """Within: the network is on that device; afterwards where it was."""
+    before = network.device
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to(before)
 
 
 def make_adapter(recipe: Recipe) -> Adapter:

@@ -134,6 +134,7 @@ class Run:
         captions = [*self.training.captions(), *(picture.captions[0] for picture in measured)]
         with self.accelerator.autocast():
             caching.fill_stores(self.stores, known, self.task, views, captions)
+        self.family.modules["vae"].to("cpu")  # its work is done but for samples, for which it comes back
 
     def make_learning(self) -> None:
         """Attach the adapter, join family and objective in a task, and prepare all for the device."""
@@ -307,7 +308,8 @@ class Run:
 
             seeds = [settings.seed + i for i in range(len(settings.prompts))]
             options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance}
-            with self.averaged(), self.accelerator.autocast():
+            vae = building.visiting(self.family.modules["vae"], self.accelerator.device)
+            with self.averaged(), self.accelerator.autocast(), vae:
                 size: dict[str, Any] = {"height": self.height, "width": self.width}
                 sources = [self.validation] if self.held_out else self.sources
                 shown = building.make_shown(self.recipe, sources, len(seeds)) if self.family.inpaints else None

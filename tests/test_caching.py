@@ -2,7 +2,10 @@
 
 import json
 import os
+import pickle
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdtune import building, caching
-from sdtune.config import Recipe
+from sdtune.config import Recipe, dump
 from sdtune.config.files import check
 from sdtune.data import filling
 from sdtune.errors import DataError
@@ -94,6 +97,8 @@ def test_pictures_are_not_needed_once_the_cache_is_full(sd: Path, mine: Path, tm
     run = Run(recipe_of(sd, mine, tmp_path, validate={"fraction": 0.2}))
     for picture in mine.glob("*.png"):
         picture.unlink()
+    (example,) = pickle.loads(pickle.dumps(run.training))[0]  # as worker processes get it
+    assert example.pixels is None and example.frame == (SIZE, SIZE)
     run.complete()
     assert len(losses(run.folder.path)) == 2
 
@@ -302,6 +307,32 @@ def test_pictures_of_other_rows_are_decoded_ahead_and_in_order() -> None:
     batches = [[1, 2], [3], [4, 5, 6], [7], [8], [9]]
     found = list(filling.ahead(lambda number: number * 10, batches))
     assert found == [(batch, [number * 10 for number in batch]) for batch in batches]
+
+
+def test_two_processes_share_the_work(sd: Path, tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", 70)  # two batches of pictures, three of captions
+    for number in range(70):  # no two alike
+        Image.new("RGB", (SIZE, SIZE), (number, 3 * number, 90)).save(photos / f"{number}.png")
+    alone = make_recipe(sd, photos, tmp_path / "alone", train={"cache_dir": str(tmp_path / "one")})
+    with counted() as counts:
+        Run(alone).complete()
+    assert counts["calls for pictures"] == 2 and counts["calls for captions"] == 3
+    train = {"batch_size": 1, "cache_dir": str(tmp_path / "two")}
+    together = make_recipe(sd, photos, tmp_path / "together", train=train)
+    (tmp_path / "together.yaml").write_text(dump(together))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sdtune"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [*command, "train", str(tmp_path / "together.yaml")], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    for kind, most in (("latents", 64), ("text", 64)):
+        (one,), (two,) = (list((tmp_path / name).glob(f"{kind}-*")) for name in ("one", "two"))
+        assert len(list(one.glob("*.safetensors"))) == 1
+        parts = [load_file(shard) for shard in two.glob("*.safetensors")]
+        sizes = [len(next(iter(part.values()))) for part in parts]
+        assert len(sizes) == 2 and sum(sizes) == 70 and max(sizes) <= most
+    assert losses(tmp_path / "together") == pytest.approx(losses(tmp_path / "alone"), abs=1e-6)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -99,4 +99,5 @@ def test_bytes_of_the_cache_are_about_those_of_the_folder(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 100_000))
     command(str(file))
     said = capsys.readouterr().out
-    assert "caches that may not fit on the disk" in said and "of which some may be there; 100 KB are free for" in said, said
+    assert "caches that may not fit on the disk" in said
+    assert "of which some may be there; 100 KB are free for" in said

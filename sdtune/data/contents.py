@@ -8,10 +8,11 @@ write, also where a program sets the older modification time back.) Pictures in 
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
+from sdtune import distributed
 from sdtune.data.atomic import write_atomically
 from sdtune.data.picture import Picture
 from sdtune.errors import DataError
@@ -21,7 +22,7 @@ YOUNG = 3.0  # seconds; a file that was changed so recently could change again w
 
 
 def content_digests(pictures: Iterable[Picture], notes: Path) -> dict[Identity, str]:
-    """The digest of each picture's bytes, under a progress bar.
+    """The digest of each picture's bytes, under a progress bar; among several processes the main one reads.
 
     Args:
         pictures: any number, read by several threads.
@@ -30,19 +31,24 @@ def content_digests(pictures: Iterable[Picture], notes: Path) -> dict[Identity, 
     Raises:
         DataError: a picture cannot be read, or the notes cannot be written.
     """
+    unique = {(picture.origin, picture.name): picture for picture in pictures}
+    found = _read_all(list(unique.values()), notes) if distributed.is_main() else []
+    return dict(zip(unique, distributed.from_main(found), strict=True))
+
+
+def _read_all(pictures: Sequence[Picture], notes: Path) -> list[str]:
     from tqdm.contrib.concurrent import thread_map
 
-    unique = list({(picture.origin, picture.name): picture for picture in pictures}.values())
-    books = {origin: Notebook(notes, origin) for origin in {picture.origin for picture in unique}}
+    books = {origin: Notebook(notes, origin) for origin in {picture.origin for picture in pictures}}
 
     def look(picture: Picture) -> str:
         content = picture_content(picture)
         return content_digest(content) if isinstance(content, bytes) else books[picture.origin].digest(content)
 
-    found = thread_map(look, unique, desc="reading the pictures", unit="picture", delay=1)
+    found = thread_map(look, pictures, desc="reading the pictures", unit="picture", delay=1)
     for book in books.values():
         book.save()
-    return {(picture.origin, picture.name): one for picture, one in zip(unique, found, strict=True)}
+    return list(found)
 
 
 def picture_content(picture: Picture) -> bytes | str:
