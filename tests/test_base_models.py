@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 
 from sdtune.data.batches import collate
 from sdtune.data.images import to_float
@@ -78,17 +79,32 @@ def other_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("place", ["folder", "pipeline", "file"])
+@pytest.mark.parametrize("place", ["folder", "pipeline", "file", "hub", "hub pipeline"])
 @pytest.mark.parametrize("family", ["stable-diffusion", "sdxl"])
 def test_another_vae_takes_the_place_of_the_bases(
-    sd: Path, sdxl: Path, other_vae: Path, photos: Path, tmp_path: Path, family: str, place: str
+    sd: Path,
+    sdxl: Path,
+    other_vae: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    place: str,
 ) -> None:
     from diffusers import AutoencoderKL
 
-    name, scale = other_vae, 0.5
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    name: Path | str = other_vae
+    scale = 0.5
     if place == "pipeline":
         name = tmp_path / "pipeline"
-        shutil.copytree(other_vae, name / "vae")
+        shutil.copytree(other_vae, tmp_path / "pipeline" / "vae")
+    elif place.startswith("hub"):
+        name, cached = "me/mine", tmp_path / "hub" / "models--me--mine"
+        commit = "c0ffee" * 6 + "c0ff"  # of 40 digits
+        shutil.copytree(other_vae, cached / "snapshots" / commit / ("vae" if "pipeline" in place else ""))
+        (cached / "refs").mkdir()
+        (cached / "refs/main").write_text(commit)
     elif place == "file":
         name, scale = other_vae / "diffusion_pytorch_model.safetensors", VAE["scaling_factor"]  # as the base has it
     base = sd if family == "stable-diffusion" else sdxl

@@ -52,6 +52,17 @@ def hub_file(repo: str, filename: str, revision: str | None = None) -> Path:
         raise hub_error(repo, fault) from fault
 
 
+def vae_subfolder(place: str) -> str | None:
+    """Where the VAE lies in a folder or hub model: in vae/, as in a pipeline, or, as None tells, at the top."""
+    if Path(place).is_dir():
+        return "vae" if (Path(place) / "vae").is_dir() else None
+    try:
+        hub_file(place, "vae/config.json")
+    except HubError:
+        return None
+    return "vae"
+
+
 def require_hub(repo: str) -> None:
     """Raises HubError when a model is not in the cache and the Hub cannot be asked for it."""
     if fault := hub_fault(repo):

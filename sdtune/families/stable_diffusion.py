@@ -21,6 +21,7 @@ from sdtune.families.loading import (
     read_index,
     read_json,
     tokenize,
+    vae_subfolder,
 )
 from sdtune.families.saving import save_network
 from sdtune.families.schedulers import SAMPLER
@@ -90,8 +91,7 @@ class StableDiffusion:
                 config = cls.read_config("vae", base, revision, allow_pickle)
                 opened[part] = single_file.open_vae(cls.network_class(part), Path(vae), config, allow_pickle)
             elif part == "vae" and vae:
-                subfolder = "vae" if (Path(vae) / "vae").is_dir() else None
-                opened[part] = cls.open(part, vae, subfolder)
+                opened[part] = cls.open(part, vae, vae_subfolder(vae))
             elif Path(base).is_file():
                 opened[part] = cls.open_from_file(part, Path(base), allow_pickle)
             else:
