@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.caption_folder import check_place, joined, no_pictures, read_folder
 from data_tools.caption_journal import Journal
 from data_tools.caption_places import places
-from data_tools.caption_result import finish
+from data_tools.caption_result import changed_settings, finish
 from data_tools.caption_settings import FORMATS, Settings
 from sdtune import distributed
 from sdtune.errors import DataError, SdtuneError, UsageError
@@ -84,6 +84,8 @@ def caption_folder(
         what = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"'{folder}' {what}; expected a folder of pictures: sdtune caption FOLDER")
     place = Path(out) if out is not None and Path(out).resolve() != folder.resolve() else folder
+    if place != folder and place.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"--out: '{out}' lies in '{folder}', whose pictures would stand there twice; name another one")
     journal = Journal(place)
     try:
         result = _run(folder, place, kind, wanted, journal, batch_size, workers)
@@ -108,7 +110,7 @@ def _run(
 ) -> dict[str, Any]:
     """What each process does; the main one returns the result."""
     with _main_first():
-        source = read_folder(folder, without=place)
+        source = read_folder(folder)
         target = source if place == folder else read_folder(place)
         if not source.pictures and not source.bad_names:
             raise no_pictures(folder)
@@ -119,6 +121,12 @@ def _run(
             journal.prepare({**asdict(wanted), "pictures": origin}, wanted)
             if where.unseen:
                 print(_unseen(where.unseen, folder), file=sys.stderr)
+            if changed := changed_settings(place, wanted):
+                print(
+                    f"the captions that are kept were written with other settings ({'; '.join(changed)}); with "
+                    "--overwrite all are written anew",
+                    file=sys.stderr,
+                )
     whole = joined(source, target, where.renamed)
     done, _ = journal.finished()
     distributed.barrier()  # all have read, now any may write
@@ -143,6 +151,9 @@ def _caption(
     among: int,
 ) -> None:
     """Captions the pictures of this process into its journal; `among` is the number of pictures in the folder."""
+    from sdtune.libraries import prepare
+
+    prepare()  # before the libraries are imported
     import torch
     from tqdm import tqdm
     from transformers.utils import logging

@@ -44,19 +44,14 @@ class Folder:
         return texts or self.sidecars.get(name, [])
 
 
-def read_folder(path: Path, without: Path | None = None) -> Folder:
+def read_folder(path: Path) -> Folder:
     """Looks through a folder; only its captions are read, no picture.
-
-    Args:
-        without: a folder in it that is passed over.
 
     Raises:
         DataError: a metadata file is damaged.
     """
     folder = Folder(path)
     files = list_files(path) if path.is_dir() else []
-    if without is not None and (inner := _inside(path, without)):
-        files = [name for name in files if not name.startswith(f"{inner}/")]
     there = set(files)
     folder.metadata = [name for name in files if name.rpartition("/")[2] in METADATA_FILES]
     for file in folder.metadata:
@@ -144,15 +139,6 @@ def sidecar_of(name: str) -> str:
 def texts_of(row: Row) -> list[str]:
     """The captions in a row: a list holds several."""
     return captions_of(row.get("text"))
-
-
-def _inside(folder: Path, inner: Path) -> str:
-    """`inner` relative to `folder`, with forward slashes; empty when it is elsewhere."""
-    try:
-        relative = inner.resolve().relative_to(folder.resolve()).as_posix()
-    except ValueError:
-        return ""
-    return "" if relative == "." else relative
 
 
 def _rows_of(folder: Path, file: str) -> Iterator[Row]:

@@ -150,15 +150,9 @@ def add_report(out: Path, run: dict[str, Any], *, alone: bool) -> None:
         run: with the key `started`, by which it is known.
         alone: nothing of earlier runs is left.
     """
-    file = out / REPORT
-    earlier: list[dict[str, Any]] = []
-    if file.is_file() and not alone:
-        try:
-            earlier = json.loads(file.read_text(encoding="utf-8"))["runs"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"'{file}' cannot be read ({error}); move it away, then run the same command") from error
+    earlier = [] if alone else _runs(out)
     runs = [*(one for one in earlier if one.get("started") != run["started"]), run]
-    write_atomically(file, (json.dumps({"runs": runs}, ensure_ascii=False, indent=1) + "\n").encode("utf-8"))
+    write_atomically(out / REPORT, (json.dumps({"runs": runs}, ensure_ascii=False, indent=1) + "\n").encode("utf-8"))
 
 
 def _as_parquet(rows: Sequence[Row]) -> bytes:
@@ -171,6 +165,29 @@ def _as_parquet(rows: Sequence[Row]) -> bytes:
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({key: [row.get(key) for row in rows] for key in columns}), buffer)
     return buffer.getvalue()
+
+
+def changed_settings(out: Path, wanted: Settings) -> list[str]:
+    """Where the last run that wrote captions here had other settings, in words; nothing where all are written anew."""
+    runs = [] if wanted.overwrite else _runs(out)
+    if not runs:
+        return []
+    mine = asdict(wanted)
+    says_the_same = {name: mine[name] for name in ("overwrite", "allow_pickle", "precision")}
+    if runs[-1].get("num_beams") == wanted.beams:  # it has what they were, and not what was asked for
+        says_the_same["num_beams"] = wanted.num_beams
+    return wanted.differences(runs[-1] | says_the_same)
+
+
+def _runs(out: Path) -> list[dict[str, Any]]:
+    """What `captions.json` says of the runs before."""
+    file = out / REPORT
+    if not file.is_file():
+        return []
+    try:
+        return [dict(run) for run in json.loads(file.read_text(encoding="utf-8"))["runs"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"'{file}' cannot be read ({error}); move it away, then run the same command") from error
 
 
 def _missing(whole: Folder, place: Path) -> dict[str, str]:

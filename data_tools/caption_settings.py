@@ -1,5 +1,6 @@
 """What `sdtune caption` is asked for, checked before anything heavy is loaded."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -61,7 +62,7 @@ class Settings:
             raise UsageError(f"--num-beams {self.num_beams} and --sample exclude each other; leave one of them out")
         if not self.sample and (self.temperature is not None or self.top_p is not None):
             raise UsageError("--temperature and --top-p are for sampling; add --sample, or leave them out")
-        if self.temperature is not None and self.temperature <= 0:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise UsageError(f"--temperature: got {self.temperature}, expected more than 0; 1 is the model's own")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p: got {self.top_p}, expected more than 0 and at most 1; 0.9 is usual")

@@ -12,6 +12,7 @@ sampling come from the seed and the picture's name.
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_tools.caption_settings import TOP_P, Settings
+from data_tools.caption_settings import DEFAULT_MODEL, TOP_P, Settings
 from sdtune.config.shipped import resolve_asset
 from sdtune.errors import HubError, SdtuneError, UsageError, WeightsError
-from sdtune.hub_access import hub_fault
+from sdtune.hub_access import hub_fault, looks_like_hub_id
 
 TINY = "tiny"  # the captioner that comes with sdtune
 QUESTION = "Describe this picture in one short sentence."  # to a model that chats, when there is no prompt
@@ -260,6 +261,12 @@ def _not_there(model: str, fault: str) -> HubError:
 
     if model == TINY:
         return HubError("the captioner 'tiny' is missing from this installation; install sdtune again")
+    if not looks_like_hub_id(model):
+        close = f"did you mean {TINY}?" if get_close_matches(model, [TINY]) else "the Hub has ids such as user/name."
+        return HubError(
+            f"the captioner '{model}' is not here: there is no such folder in {Path.cwd()}; {close} Expected a folder "
+            f"or hub id of a captioner, such as {DEFAULT_MODEL}, or --model tiny, which comes with sdtune"
+        )
     return HubError(
         f"the captioner '{model}' is not here: there is no such folder in {Path.cwd()}, it is not in the cache "
         f"{constants.HF_HUB_CACHE}, and the Hub could not be asked ({fault}). On a machine with network: "

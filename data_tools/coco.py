@@ -16,6 +16,7 @@ from data_tools.coco_json import CocoJson
 from data_tools.coco_kinds import licence_ids, open_coco
 from data_tools.coco_objects import Wanted, categories_of, find_groups, read_categories
 from data_tools.coco_pictures import REJECTED, Pictures, Rejected, join_same_files, locate, read_pictures
+from sdtune.data.captions import counted
 from sdtune.errors import DataError, UsageError
 
 
@@ -64,6 +65,11 @@ def command(
     began = time.perf_counter()
     rule, shares = parse_rule(captions_per_image), parse_splits(splits)
     _check_options(captions, images, instances, categories, match, min_area, no_crowd, masks, images_mode, prompt_from)
+    if shares and images_mode == "reference":
+        raise UsageError(
+            "--split puts pictures into folders of their own, and --images-mode reference moves none; leave one of "
+            "them out"
+        )
     refuse_existing(out)
     rejected = Rejected()
     with _no_collector():
@@ -101,7 +107,7 @@ def command(
     print(json.dumps(summary) if as_json else _in_words(summary))
     if images_mode == "reference":
         where = f"{images}" if images else "the folder that they are relative to"
-        print(f"the rows name pictures that are not in {out}: put its files into {where} to load them", file=sys.stderr)
+        print(f"the rows' pictures are not in {out}: move its files into {where} to load them", file=sys.stderr)
     return 0
 
 
@@ -213,16 +219,20 @@ def _nothing_left(source: CocoJson, known: int, selection: Selection, rejected: 
 
 
 def _in_words(summary: dict[str, Any]) -> str:
-    lines = [f"{summary['out']}: {summary['rows']:,} captions of {summary['pictures']:,} pictures"]
+    lines = [f"{summary['out']}: {_captions_of(summary)}"]
     if len(summary["splits"]) > 1:
         splits = summary["splits"].items()
-        lines += [f"  {name}: {count['rows']:,} captions of {count['pictures']:,} pictures" for name, count in splits]
-    lines += [f"  left out by --{name}: {count:,} pictures" for name, count in summary["filtered"].items()]
+        lines += [f"  {name}: {_captions_of(count)}" for name, count in splits]
+    lines += [f"  left out by --{name}: {counted(count, 'picture')}" for name, count in summary["filtered"].items()]
     lines += [f"  rejected, {reason}: {count:,}" for reason, count in summary["rejected"].items()]
     total = sum(summary["rejected"].values())
     where = f", listed in {Path(summary['out']) / REJECTED}" if total else ""
     lines.append(f"{total:,} rejected{where}")
     return "\n".join(lines)
+
+
+def _captions_of(count: dict[str, int]) -> str:
+    return f"{counted(count['rows'], 'caption')} of {counted(count['pictures'], 'picture')}"
 
 
 @contextmanager

@@ -173,7 +173,7 @@ def describe(value: Any) -> str:
         return f"an object with the keys {keys}" if keys else "an empty object"
     if isinstance(value, list):
         return f"a list of {len(value)}, the first of which is {describe(value[0])}" if value else "an empty list"
-    return "missing" if value is None else f"{json.dumps(value)[:60]}"
+    return json.dumps(value)[:60]
 
 
 def _ends(piece: bytes, last: bool) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,7 @@ everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage or settin
 
 import errno
 import io
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,9 @@ def train(
     """Train what a recipe says. On several processes: accelerate launch -m sdtune train RECIPE."""
 
     def run() -> int:
+        from sdtune.config import load
+
+        load(recipe, overrides or [])  # tells its faults before the next line imports torch
         from sdtune.run import command
 
         return command(recipe, overrides or [], resume=resume, as_json=as_json)
@@ -276,9 +280,8 @@ def caption(
 
     def run() -> int:
         from data_tools.caption import command
-        from sdtune.libraries import prepare
 
-        prepare()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # says what Ctrl-C says
         return command(pictures, **options)
 
     _end_with(run, debug)

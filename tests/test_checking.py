@@ -94,7 +94,7 @@ def test_a_good_folder_ends_with_0_and_a_broken_one_with_1(photos):
     assert answer.exit_code == 1 and json.loads(answer.stdout.splitlines()[-1])["fails"]
     assert kinds(json.loads(answer.stdout))["broken"]["names"] == ["3.jpg (not a picture)"]
     answer = CliRunner().invoke(app, ["dedupe", str(photos)])
-    assert answer.exit_code == 0 and "0 groups look alike" in answer.stdout
+    assert answer.exit_code == 0 and "0 groups of pictures that look alike" in answer.stdout
 
 
 def test_a_cleaned_copy_ends_with_0(photos, tmp_path, capsys):

@@ -23,7 +23,7 @@ COMMANDS_WORK = 3
 FOR_DATA_TOOLS = (
     *("sdtune.errors", "sdtune.distributed", "sdtune.hub_access", "sdtune.config.shipped"),
     *("sdtune.data.metadata", "sdtune.data.images", "sdtune.data.atomic", "sdtune.data.splits", "sdtune.data.captions"),
-    "sdtune.data.picture",
+    *("sdtune.data.picture", "sdtune.libraries"),
 )
 # The recipe is checked against the names in these dicts; their modules are not imported for it.
 NAMES_ONLY = {("sdtune.config.checks", "sdtune.families"), ("sdtune.config.checks", "sdtune.adapters")}

@@ -262,7 +262,7 @@ def _measurements(recipe: Recipe) -> Iterator[Fault]:
     held_out = validation.fraction > 0 or any(source.role == "validation" for source in recipe.data)
     if validation.every is not None and not held_out and validation.samples is None:
         ways = "validate.fraction, validate.samples.prompts or a source with role: validation"
-        yield "validate.every", f"there is nothing to measure; set {ways}"
+        yield "validate.every", f"there is nothing to measure; set {ways}, or validate.every=null for none"
 
 
 def _schedule(recipe: Recipe) -> Iterator[Fault]:

@@ -14,6 +14,11 @@ def captions_of(text: Any) -> list[str]:
     return [str(caption).strip() for caption in texts if caption is not None and str(caption).strip()]
 
 
+def counted(number: int, noun: str) -> str:
+    """1 picture, 1,200 pictures."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def setting(key: str, name: str, value: str) -> str:
     """What to type to set something of a data set: an option of a command, or with a key that of its recipe."""
     return f"{key}.{name}={value}" if key else f"--{name.replace('_', '-')} {value}"

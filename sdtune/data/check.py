@@ -210,6 +210,7 @@ def _reading_findings(reading: Reading) -> Iterator[Finding]:
             "pictures whose name has a backslash or is not UTF-8: no metadata can name them",
             "rename them, as --fix OUT does",
         ),
+        *about("note", "text alone", named(reading.loose_texts), ".txt files without a picture", "mend their names"),
         *about("note", "blank", named(reading.blank), "pictures with a blank caption too", "take these rows away"),
     ]
     yield from found

@@ -35,6 +35,9 @@ class Captioned:
     learnt: bool = True
 
 
+MANY = 20  # captions of one picture; COCO has 5
+
+
 def caption_findings(pictures: Sequence[Captioned], reader: Reader | None, trigger: str | None) -> list[Finding]:
     """Findings about captions that are there.
 
@@ -68,6 +71,12 @@ def _repeated(pictures: Sequence[Captioned]) -> list[Finding]:
         shared,
         f"pictures whose caption stands under others too ({captions} captions)",
         "fine where they show the same; else tell them apart: what a caption leaves out is learnt as belonging to it",
+    ) + about(
+        "note",
+        "many captions",
+        [each.name for each in own if len(each.captions) > MANY],
+        f"pictures with more than {MANY} captions",
+        "fine if each is meant as one; of a .txt each line is a caption",
     ) + about("note", "caption twice", twice, "pictures with one caption twice", "take one of the rows away")
 
 

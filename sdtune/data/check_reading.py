@@ -20,7 +20,7 @@ from sdtune.data.metadata import METADATA_FILES, bad_name, is_picture, list_file
 from sdtune.data.parquet import columns_of, pictures_in_parquet
 from sdtune.data.picture import Picture
 from sdtune.data.shards import pictures_in_shard
-from sdtune.data.sidecars import sidecar_captions
+from sdtune.data.sidecars import SUFFIX, sidecar, sidecar_captions
 from sdtune.data.sources import Source
 from sdtune.data.splits import splits_of
 from sdtune.errors import DataError, SdtuneError
@@ -47,6 +47,7 @@ class Reading:
         links: names of pictures that are symbolic links to a place outside of the folder.
         unreferenced: pictures in the folder that no row names and training does not use.
         blank: names with a blank caption beside others.
+        loose_texts: names of .txt files without a picture, where others have one.
     """
 
     entry: Entry
@@ -63,6 +64,7 @@ class Reading:
     links: list[str] = field(default_factory=list)
     unreferenced: list[str] = field(default_factory=list)
     blank: list[str] = field(default_factory=list)
+    loose_texts: list[str] = field(default_factory=list)
 
     @property
     def bad_names(self) -> list[str]:
@@ -169,6 +171,9 @@ def _read_folder(reading: Reading, loaded: bool) -> None:
         used = {each.name for each in reading.pictures}
         reading.unreferenced = [name for name in pictures if name not in used and name not in others]
     reading.links = _links_out(folder, pictures)
+    if not reading.rows and entry.prompt is None:
+        texts, used_texts = {name for name in files if name.endswith(SUFFIX)}, set(map(sidecar, pictures))
+        reading.loose_texts = sorted(texts - used_texts) if texts & used_texts else []
 
 
 def _loose_captions(reading: Reading, name: str, there: set[str]) -> tuple[str, ...]:

@@ -1,11 +1,13 @@
 """A check's report: as a short table for people, as one object for programs."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from sdtune.data.buckets import Bucket, bucket_table, table_lines
+from sdtune.data.captions import counted
 from sdtune.data.check import Report
 from sdtune.data.check_findings import Finding
 from sdtune.data.check_sizes import size_tables
@@ -22,7 +24,10 @@ def as_text(report: Report, title: str, facts: Sequence[tuple[str, str]]) -> str
         facts: further lines, each a label and a text.
     """
     size = sum(look.size for look in report.good)
-    lines = [f"{title}: {len(report.pictures)} pictures, {report.captions} captions, {megabytes(size)}", ""]
+    of_entries = Counter(each.reading.entry.label for each in report.pictures)
+    parts = ", ".join(f"{label} {count}" for label, count in of_entries.items())
+    pictures = counted(len(report.pictures), "picture") + (f" ({parts})" if len(of_entries) > 1 else "")
+    lines = [f"{title}: {pictures}, {counted(report.captions, 'caption')}, {megabytes(size)}", ""]
     for finding in report.findings:
         lines += _finding(finding)
     lines += [""] if report.findings else []

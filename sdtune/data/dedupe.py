@@ -5,12 +5,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdtune.data.captions import counted
 from sdtune.data.check import Seen, check, families
 from sdtune.data.check_entries import data_set_entries
 from sdtune.data.check_report import megabytes, some
 from sdtune.data.check_sizes import Frame
 from sdtune.data.check_watch import watch
-from sdtune.data.duplicates import ALIKE, MOST_BITS
+from sdtune.data.duplicates import ALIKE, MOST_BITS, apart
 from sdtune.data.fix import write_copy
 from sdtune.errors import DataError, UsageError
 
@@ -54,7 +55,7 @@ def command(
     drop = {number for group in groups for number in group[1:]}
     if broken:
         names = some([report.pictures[number].name for number in broken])
-        print(f"{len(broken)} pictures cannot be read and are passed over: {names}", file=sys.stderr)
+        print(f"{counted(len(broken), 'picture')} cannot be read, left out: {names}", file=sys.stderr)
     if sheet is not None:
         from sdtune.data.dedupe_sheet import write_sheet
 
@@ -63,7 +64,9 @@ def command(
     if not as_json:
         print(_table([[report.pictures[number] for number in group] for group in groups], len(report.pictures)))
         if written is not None:
-            print(f"{out}: {written['kept']} pictures")
+            print(f"{out}: {counted(written['kept'], 'picture')}")
+        if out is not None and report.alike and sheet is None:
+            print("pictures that only look alike are left out too: see whether they are, with --sheet alike.png")
     else:
         values = {
             "pictures": len(report.pictures),
@@ -90,13 +93,12 @@ def _table(groups: Sequence[Sequence[Seen]], total: int) -> str:
     for group in groups[:SHOWN]:
         for number, each in enumerate(group):
             look = each.look
-            bits = (look.hash ^ group[0].look.hash).bit_count()
-            same = "equal" if look.digest == group[0].look.digest else f"{bits} bits apart"
             size = f"{look.width} x {look.height}"
             lines.append(f"{'keep' if number == 0 else '':<6}{size:>13}  {megabytes(look.size):>8}  {each.name}")
-            lines[-1] += f"  ({same})" if number else ""
+            lines[-1] += f"  ({apart(look, group[0].look)})" if number else ""
         lines.append("")
     if len(groups) > SHOWN:
         lines += [f"and {len(groups) - SHOWN} more groups; --json names them all", ""]
     more = sum(len(group) - 1 for group in groups)
-    return "\n".join([*lines, f"{total} pictures: {len(groups)} groups look alike, {more} pictures could go"])
+    found = f"{counted(len(groups), 'group')} of pictures that look alike, {counted(more, 'picture')} could go"
+    return "\n".join([*lines, f"{counted(total, 'picture')}: {found}"])

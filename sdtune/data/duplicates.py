@@ -18,6 +18,11 @@ MOST_BITS = 16  # more bits would make bands of less than 4, which nearly all pi
 TINT = 12.0  # of 255, mean difference of colours
 
 
+def apart(look: Look, other: Look) -> str:
+    """How two pictures differ, in words."""
+    return "equal" if look.digest == other.digest else f"{(look.hash ^ other.hash).bit_count()} bits apart"
+
+
 def groups_of_equal(keys: Sequence[Hashable]) -> list[list[int]]:
     """Positions of keys that stand more than once, a group for each, in order of the first."""
     places: dict[Hashable, list[int]] = defaultdict(list)

@@ -178,6 +178,18 @@ def test_shards_are_looked_at_where_they_are(photos, tmp_path):
     assert len(look_through(tmp_path / "*.tar").pictures) == 6
 
 
+def test_texts_without_a_picture_and_pictures_with_many_lines(photos):
+    (photos / "metadata.jsonl").unlink()
+    for number in range(6):
+        (photos / f"{number}.txt").write_text("\n".join(f"line {number} {line}" for line in range(21 if number else 1)))
+    (photos / "6.txt").write_text("no picture")
+    report = look_through(photos)
+    assert {kind: finding.level for kind, finding in kinds(report).items()} == dict.fromkeys(
+        ["text alone", "many captions"], "note"
+    )
+    assert kinds(report)["text alone"].names == ("6.txt",) and kinds(report)["many captions"].count == 5
+
+
 def shard(file, samples):
     with tarfile.open(file, "w") as archive:
         for name, content in samples.items():

@@ -39,8 +39,8 @@ def test_groups_are_shown_and_nothing_is_written(photos, capsys):
     assert command(str(photos)) == 0
     shown = capsys.readouterr()
     assert "keep      192 x 160" in shown.out and "large.jpg" in shown.out and "copy of b.jpg  (equal)" in shown.out
-    assert shown.out.endswith("8 pictures: 2 groups look alike, 3 pictures could go\n")
-    assert "1 pictures cannot be read and are passed over: broken.jpg" in shown.err
+    assert shown.out.endswith("8 pictures: 2 groups of pictures that look alike, 3 pictures could go\n")
+    assert "1 picture cannot be read, left out: broken.jpg" in shown.err
     assert sorted(photos.rglob("*")) == before
 
 
@@ -69,8 +69,12 @@ def test_the_threshold_counts_bits(photos, capsys):
 def test_a_sheet_shows_the_groups(photos, tmp_path, capsys):
     command(str(photos), sheet=tmp_path / "alike.png")
     with Image.open(tmp_path / "alike.png") as sheet:
-        assert sheet.size == (8 + 3 * 136, 8 + 2 * 154)
-        assert sheet.getpixel((8 + 2 * 136 + 64, 8 + 154 + 64)) == (255, 255, 255)  # the second row has two only
+        assert sheet.size == (8 + 3 * 136, 8 + 2 * 168)
+        assert sheet.getpixel((8 + 2 * 136 + 64, 8 + 168 + 64)) == (255, 255, 255)  # the second row has two only
+    locked = tmp_path / "locked"
+    locked.write_text("no folder")
+    with pytest.raises(DataError, match="cannot be written"):
+        command(str(photos), sheet=locked / "alike.png")
     for name, why in [("alike.png", "exists already"), ("alike.doc", "is no kind of picture")]:
         with pytest.raises(UsageError, match=why):
             command(str(photos), sheet=tmp_path / name)

@@ -185,12 +185,18 @@ def test_captions_that_are_there_are_kept(fill, blip, capsys):
     assert "mine" not in texts(photos).values()
 
 
-def test_new_pictures_join_an_earlier_result(fill, blip, tmp_path):
+def test_new_pictures_join_an_earlier_result(fill, blip, tmp_path, capsys):
     photos, out = fill("b.png"), tmp_path / "set"
     command(photos, out=out, model=str(blip))
+    command(photos, out=out, model=str(blip))
+    assert "other settings" not in capsys.readouterr().err
     before = rows(out)
     fill("a.png")
     command(photos, out=out, model=str(blip), prompt="a picture of")
+    assert (
+        "the captions that are kept were written with other settings (prompt: '' before, 'a picture of' now); with "
+        "--overwrite all are written anew\n" in capsys.readouterr().err
+    )
     assert rows(out)[0] == before[0] and [row["file_name"] for row in rows(out)] == ["b.png", "a.png"]
     runs = json.loads((out / "captions.json").read_text())["runs"]
     assert [(run["prompt"], run["captioned"]) for run in runs] == [("", 1), ("a picture of", 1)]
@@ -289,16 +295,18 @@ def test_where_it_cannot_work(fill, blip, tmp_path):
     with pytest.raises(UsageError, match="has things in it that do not come from sdtune caption"):
         command(photos, out=tmp_path / "full", model=str(blip))
     with pytest.raises(UsageError, match="is a file; expected a folder"):
-        command(photos, out=photos / "a.png", model=str(blip))
+        command(photos, out=tmp_path / "full/precious.txt", model=str(blip))
     with pytest.raises(UsageError, match="--format: got 'xml', expected one of jsonl, txt, parquet"):
         command(photos, kind="xml")
     (photos / "metadata.csv").write_text("file_name,text,weight\na.png,mine,2\n")
     with pytest.raises(UsageError, match="metadata.csv' has captions already.*--out"):
         command(photos, model=str(blip))
-    assert command(photos, out=photos / "inside", model=str(blip)) == 0
-    assert rows(photos / "inside") == [{"file_name": "a.png", "text": "mine", "weight": 2.0}]
-    assert command(photos, out=photos / "inside", model=str(blip)) == 0  # its own pictures are not taken for new ones
-    assert texts(photos / "inside") == {"a.png": "mine"}
+    with pytest.raises(UsageError, match="inside' lies in '.*photos', whose pictures would stand there twice"):
+        command(photos, out=photos / "inside", model=str(blip))
+    with pytest.raises(UsageError, match="--temperature: got nan, expected more than 0"):
+        command(photos, out=tmp_path / "set", model=str(blip), sample=True, temperature=float("nan"))
+    assert command(photos, out=tmp_path / "set", model=str(blip)) == 0
+    assert rows(tmp_path / "set") == [{"file_name": "a.png", "text": "mine", "weight": 2.0}]
 
 
 def test_without_links_pictures_are_copied(fill, blip, tmp_path, monkeypatch):

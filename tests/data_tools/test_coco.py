@@ -273,6 +273,7 @@ def test_a_link_that_cannot_be_made_is_a_copy(place, monkeypatch):
         ({"match": "some"}, "any or all"),
         ({"match": "all"}, "--category cat"),
         ({"images_mode": "move"}, "copy or link or reference"),
+        ({"images_mode": "reference", "splits": ["val=0.5"]}, "--images-mode reference moves none"),
         ({"images": None}, "name their folder with --images"),
         ({"images": Path("nowhere")}, "is no folder"),
         ({"captions": None}, "--captions captions_X.json"),
