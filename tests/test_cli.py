@@ -36,7 +36,15 @@ def training(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     stand_in = types.ModuleType("sdtune.run")
     stand_in.command = command  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sdtune.run", stand_in)
+    monkeypatch.setattr("sdtune.config.load", lambda recipe, overrides: None)  # there is no x.yaml
     return state
+
+
+def test_a_faulty_recipe_is_told_without_torch() -> None:
+    code = "import sys; sys.argv = ['sdtune', 'train', 'lora_tiny', 'train.stps=3']\nfrom sdtune.cli import main\n"
+    code += "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.stdout == "2 False\n" and "did you mean 'steps'?" in answer.stderr
 
 
 def test_help_is_quick(root: Path) -> None:

@@ -45,6 +45,10 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     return [(command, output) for command, output in found if command.split()[0] not in LOOKING]
 
 
+DRAWINGS = {  # of the demo
+    **{"bear.png": "1f9f8.png", "island.png": "1f3dd-fe0f.png"},
+    **{"plane.png": "2708-fe0f.png", "ribbon.png": "1f380.png"},
+}
 PAGES = {page.stem: commands(page) for page in sorted((ROOT / "docs").glob("*.md"))}
 
 
@@ -55,6 +59,11 @@ def test_there_are_pages_with_commands() -> None:
 def make_world(work: Path, page: str) -> None:
     """The folders and files that the pages speak of."""
     make_photos(work / "photos", 3, captions=page == "check")
+    if page == "datasets":
+        shutil.rmtree(work / "photos")
+        (work / "photos").mkdir()
+        for name, drawing in DRAWINGS.items():
+            shutil.copyfile(ROOT / "sdtune" / "assets" / "demo" / drawing, work / "photos" / name)
     if page == "check":  # with a copy, and a row too many
         shutil.copyfile(work / "photos" / "0.png", work / "photos" / "copy.png")
         rows = [*read_rows(work / "photos"), {"file_name": "copy.png", "text": "a dog"}]
