@@ -13,7 +13,7 @@ from sdtune.adapters import NETWORKS, SETTINGS, adapter_class
 from sdtune.adapters.base import TOKENS, Adapter
 from sdtune.adapters.textual_inversion import TextualInversion
 from sdtune.adapters.together import Together
-from sdtune.adapters.tokens import Token
+from sdtune.adapters.tokens import Token, token_files
 from sdtune.config import DataSource, ModelSettings, Recipe, resolve_asset
 from sdtune.data.batches import Batch, collate
 from sdtune.data.buckets import Buckets, Size, default_step
@@ -178,11 +178,13 @@ def make_adapter(recipe: Recipe) -> Adapter:
     tokens = [Token(**one.model_dump()) for one in values.pop("tokens", None) or ()]
     if values.get("init_from") is not None:
         values["init_from"] = weights_folder(Path(resolve_asset(values["init_from"])))
-    inversion = [TextualInversion(tokens)] if tokens else []
+    place = values.get("init_from")
     if settings.kind == "textual-inversion":
-        return inversion[0]
+        return TextualInversion(tokens, place)
     adapter = adapter_class(settings.kind)(**values)
-    return Together([adapter, *inversion]) if inversion else adapter
+    if not tokens:
+        return adapter
+    return Together([adapter, TextualInversion(tokens, place if place and token_files(place) else None)])
 
 
 def check_tokens(recipe: Recipe, sources: Sequence[Source]) -> None:

@@ -28,7 +28,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "dora": LOW_RANK,
     "lokr": (*LOW_RANK, "factor"),
     "loha": LOW_RANK,
-    "textual-inversion": ("tokens",),
+    "textual-inversion": ("tokens", "init_from"),
 }
 
 

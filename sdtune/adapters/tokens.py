@@ -150,6 +150,13 @@ def is_embedding(file: Path) -> bool:
     return len(keys) == 1 or keys == set(TWO_ENCODERS.values())
 
 
+def token_files(place: Path) -> list[Path]:
+    """The files of tokens that a path means: itself, or those in a folder; none if it is something else."""
+    if place.is_dir():
+        return embedding_files(place)
+    return [place] if is_embedding(place) else []
+
+
 def read_embedding(file: Path) -> tuple[str, dict[str, Tensor]]:
     """The token and the tensors of a file. Raises WeightsError when it is damaged."""
     try:
@@ -163,6 +170,28 @@ def read_embedding(file: Path) -> tuple[str, dict[str, Tensor]]:
     return noted or (file.stem if nameless else key), tensors
 
 
+def read_rows(family: Family, file: Path) -> tuple[str, dict[str, Tensor]]:
+    """The token of a file, and its rows (vectors, D) for each text encoder of the family.
+
+    Raises:
+        WeightsError: the file is damaged, or of another model.
+    """
+    token, tensors = read_embedding(file)
+    encoders, found = family.text_encoders, dict[str, Tensor]()
+    keys = TWO_ENCODERS if len(encoders) > 1 else dict.fromkeys(encoders, next(iter(tensors), ""))
+    for name in encoders:
+        rows, width = tensors.get(keys[name]), family.modules[name].get_input_embeddings().weight.shape[1]
+        if rows is None or rows.shape[-1] != width:
+            widths = ", ".join(str(tensor.shape[-1]) for tensor in tensors.values())
+            expected = ", ".join(str(family.modules[one].get_input_embeddings().weight.shape[1]) for one in encoders)
+            raise WeightsError(
+                f"'{file}' is refused: the embeddings of '{token}' have width {widths}, this model's text encoders "
+                f"have {expected}; name a base of the kind it was made for"
+            )
+        found[name] = rows.reshape(-1, width)
+    return token, found
+
+
 @torch.no_grad()
 def load_embedding(family: Family, file: Path) -> None:
     """Let a model know the token of a file.
@@ -173,21 +202,11 @@ def load_embedding(family: Family, file: Path) -> None:
     Raises:
         WeightsError: the file is damaged, or of another model. UsageError: the token is a word already.
     """
-    token, tensors = read_embedding(file)
-    encoders = family.text_encoders
-    keys = TWO_ENCODERS if len(encoders) > 1 else dict.fromkeys(encoders, next(iter(tensors), ""))
-    for name in encoders:
-        network, tokenizer = family.modules[name], tokenizer_of(family, name)
-        weight, rows = network.get_input_embeddings().weight, tensors.get(keys[name])
-        if rows is None or rows.shape[-1] != weight.shape[1]:
-            widths = ", ".join(str(tensor.shape[-1]) for tensor in tensors.values())
-            expected = ", ".join(str(family.modules[one].get_input_embeddings().weight.shape[1]) for one in encoders)
-            raise WeightsError(
-                f"'{file}' is refused: the embeddings of '{token}' have width {widths}, this model's text encoders "
-                f"have {expected}; name a base of the kind it was made for"
-            )
-        rows = rows.reshape(-1, rows.shape[-1])  # (n, D)
-        first = add_tokens(tokenizer, network, [(token, len(rows))])
+    token, encoders = read_rows(family, file)
+    for name, rows in encoders.items():
+        network = family.modules[name]
+        weight = network.get_input_embeddings().weight
+        first = add_tokens(tokenizer_of(family, name), network, [(token, len(rows))])
         whole = torch.cat([weight[:first], rows.to(weight)])
         network.set_input_embeddings(nn.Embedding.from_pretrained(whole))
         network.config.vocab_size = len(whole)

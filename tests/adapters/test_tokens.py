@@ -109,9 +109,7 @@ def test_tokens_that_cannot_be_learned_are_refused(sd: Path, token: Token, match
 
 
 def test_a_token_that_no_caption_has_is_refused(sd: Path, photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match="'<cat>' shall learn .* none of the 5 captions, .* 'a photo of dog 0'"
-    ):
+    with pytest.raises(DataError, match="'<cat>' shall learn .* none of the 5 captions, .* 'a photo of dog 0'"):
         Run(recipe(sd, photos, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -295,6 +293,24 @@ def test_files_that_do_not_fit_are_refused(sd: Path, sdxl: Path, finished: Calla
     (tmp_path / "cut" / "learned_embeds-1.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(WeightsError, match="cannot be read as safetensors"):
         open_model(str(tmp_path / "cut"), device=CPU)
+
+
+@pytest.mark.parametrize("kind", ["textual-inversion", "lora"])
+@pytest.mark.parametrize("family", ["stable-diffusion", "sdxl"])
+def test_a_run_begins_where_another_ended(
+    sd: Path, sdxl: Path, pictures: Path, finished: Callable[..., Run], tmp_path: Path, family: str, kind: str
+) -> None:
+    before, base = finished(family, kind), sdxl if family == "sdxl" else sd
+    made = recipe(base, pictures, tmp_path / "run", kind, model={"family": family})
+    made.adapter.init_from = str(before.folder.path)
+    run = Run(made)
+    assert all(torch.equal(p, before.parameters[key]) for key, p in run.parameters.items())
+    made.adapter.tokens[0].vectors, made.output.dir = 2, str(tmp_path / "other")
+    with pytest.raises(UsageError, match="adapter.init_from: '<cat>' has 3 vectors in .* asks for 2; set vectors: 3"):
+        Run(made)
+    made.adapter.tokens[0].token = made.adapter.tokens[1].token = "<dog>"
+    with pytest.raises(UsageError, match="has no token <dog>; its tokens are: <cat>, <rug>"):
+        Run(made)
 
 
 # --- the same by another way ------------------------------------------------------------------------------------------
