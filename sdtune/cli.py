@@ -382,7 +382,7 @@ def recipes_cp(
 
 @lora_app.command("info")
 def lora_info(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A file of a LoRA or a token, or a folder or run with some.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A LoRA file, or a folder or run with one.")],
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="Count what would be applied to it.")] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -424,7 +424,7 @@ def lora_merge(
 
 @lora_app.command("resize")
 def lora_resize(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A file of a LoRA or a token, or a folder or run with some.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A LoRA file, or a folder or run with one.")],
     out: LoraOut,
     rank: Annotated[int | None, typer.Option(min=1, help="The new rank, at most.")] = None,
     fraction: Annotated[float, typer.Option(min=0.01, max=1, help="Share of each layer's energy to keep.")] = 1.0,
