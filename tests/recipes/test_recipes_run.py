@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from sdtune.config import DataSource, Recipe, load, resolve_asset
+from sdtune.data.metadata import read_rows, write_rows
 from sdtune.opening import open_model
 from sdtune.run import Run
-from tests.factories import losses, make_photos, make_sd, make_sdxl, make_tokenizer
+from tests.factories import losses, make_inpainting, make_photos, make_sd, make_sdxl, make_tokenizer
 
 ROOT = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(ROOT.rglob("*.yaml"))
@@ -29,7 +31,12 @@ def make_base(folder: Path, recipe: Recipe) -> Path:
     from diffusers import DiffusionPipeline
 
     if not folder.exists():
-        (make_sdxl if recipe.model.family == "sdxl" else make_sd)(folder)
+        if "inpainting" in str(recipe.model.base):
+            make_inpainting(folder, recipe.model.family)
+        elif recipe.model.family == "sdxl":
+            make_sdxl(folder)
+        else:
+            make_sd(folder, prediction="v_prediction" if "2-1" in str(recipe.model.base) else "epsilon")
         if recipe.model.variant:
             pipeline = DiffusionPipeline.from_pretrained(folder)
             for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
@@ -51,11 +58,14 @@ def make_part(folder: Path, part: str) -> None:
         make_tokenizer().save_pretrained(folder)
 
 
-def make_source(source: DataSource) -> None:
+def make_source(source: DataSource, masks: bool) -> None:
     """A folder of pictures where the recipe's own is not here. (Class pictures are for the base to draw.)"""
     assert source.path is not None
     if not source.generate and not any(Path(resolve_asset(source.path)).glob("*.png")):
-        make_photos(Path(source.path), 3)
+        folder = make_photos(Path(source.path), 3)
+        if masks:
+            Image.linear_gradient("L").resize((64, 64)).save(folder / "mask.png")
+            write_rows(folder, [{**row, "mask_file_name": "mask.png"} for row in read_rows(folder)])
 
 
 def small(path: Path) -> Recipe:
@@ -63,20 +73,25 @@ def small(path: Path) -> Recipe:
     recipe, changes = load(path), dict[str, Any](SMALL)
     if recipe.model.base and not Path(resolve_asset(recipe.model.base)).exists():
         changes["model.base"] = make_base(Path("base"), recipe)
+    if recipe.model.vae:
+        changes["model.vae"] = changes["model.base"]
+    if recipe.adapter.denoiser_from:
+        changes |= {"adapter.text_encoder_until": 1, "adapter.denoiser_from": 1}
     for part, value in (recipe.model.from_config or {}).items():
         if isinstance(value, str):
             make_part(Path(value), part)
     for number, source in enumerate(recipe.data):
-        make_source(source)
+        make_source(source, recipe.objective.outside_mask is not None)
         if source.generate:
             changes |= {f"data.{number}.generate": 2, f"data.{number}.drawing.steps": 2}
     if recipe.validation.samples:
-        changes |= {"validate.samples.prompts": "[a dog]", "validate.samples.steps": 2}
+        word = " ".join(token.token for token in recipe.adapter.tokens)
+        changes |= {"validate.samples.prompts": f"[a dog {word}]", "validate.samples.steps": 2}
     return load(path, [f"{key}={value}" for key, value in changes.items()])
 
 
 def test_there_are_recipes() -> None:
-    assert len(RECIPES) >= 8
+    assert len(RECIPES) >= 40
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
