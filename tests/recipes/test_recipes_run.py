@@ -85,7 +85,7 @@ def small(path: Path) -> Recipe:
         if source.generate:
             changes |= {f"data.{number}.generate": 2, f"data.{number}.drawing.steps": 2}
     if recipe.validation.samples:
-        word = " ".join(token.token for token in recipe.adapter.tokens)
+        word = " ".join(token.token for token in recipe.adapter.tokens or [])
         changes |= {"validate.samples.prompts": f"[a dog {word}]", "validate.samples.steps": 2}
     return load(path, [f"{key}={value}" for key, value in changes.items()])
 
