@@ -275,3 +275,8 @@ def test_the_masked_loss_runs_on_given_masks(sd: Path, masked: Path, tmp_path: P
         Image.new("L", (SIZE, SIZE), 255).save(file)
     everything = finished(make_recipe(sd, whole, tmp_path / "everything", objective={"outside_mask": 0.0}))
     assert losses(everything.folder.path) == losses(plain.folder.path)
+
+
+def test_a_base_whose_latents_no_inpainting_pipeline_takes_is_refused() -> None:
+    with pytest.raises(UsageError, match="latents of this base have 16 channels.*take latents of 4"):
+        building.open_family(ModelSettings(base="tiny", inpaint=True), size=(64, 64))

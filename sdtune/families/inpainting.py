@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdtune.errors import UsageError
 from sdtune.families.base import Conditioning, Family
+
+LATENT_CHANNELS = 4  # of every published model for inpainting; other pipelines would not open
 
 
 def masked_channels(latent_channels: int) -> int:
@@ -43,10 +46,19 @@ def widen(unet: Any) -> None:
 
     Args:
         unet: changed in place; one that inpaints already stays as it is.
+
+    Raises:
+        UsageError: its latents are not those that diffusers' inpainting pipelines take.
     """
     old, channels = unet.conv_in, masked_channels(unet.config.out_channels)
     if old.in_channels == channels:
         return
+    if unet.config.out_channels != LATENT_CHANNELS:
+        raise UsageError(
+            f"model.inpaint: the latents of this base have {unet.config.out_channels} channels, and diffusers' "
+            f"inpainting pipelines take latents of {LATENT_CHANNELS}; expected a base such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
     wide = nn.Conv2d(channels, old.out_channels, old.kernel_size, padding=old.padding)
     with torch.no_grad():
         wide.weight.zero_()

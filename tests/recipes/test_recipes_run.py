@@ -74,7 +74,7 @@ def small(path: Path) -> Recipe:
     if recipe.model.base and not Path(resolve_asset(recipe.model.base)).exists():
         changes["model.base"] = make_base(Path("base"), recipe)
     if recipe.model.vae:
-        changes["model.vae"] = changes["model.base"]
+        changes["model.vae"] = make_sd(Path("vae"))
     if recipe.adapter.denoiser_from:
         changes |= {"adapter.text_encoder_until": 1, "adapter.denoiser_from": 1}
     for part, value in (recipe.model.from_config or {}).items():
@@ -117,8 +117,11 @@ def assert_opens(run: Run) -> None:
         saved, own = AutoencoderKL.from_pretrained(run.folder.final).state_dict(), run.family.modules["vae"]
         assert all(torch.equal(saved.pop(key), tensor) for key, tensor in own.state_dict().items()) and not saved
         return
+    if run.recipe.model.quantize:  # it is opened with its base as it was
+        return
     opened, answers = open_model(str(run.folder.path), device=torch.device("cpu")), []
-    x_t = torch.randn(1, *run.family.latent_shape(64, 64))
+    _, height, width = run.family.latent_shape(64, 64)
+    x_t = torch.randn(1, run.family.modules["unet"].config.in_channels, height, width)
     for family in (run.family, opened):
         for network in family.modules.values():
             network.eval()
