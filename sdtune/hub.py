@@ -24,6 +24,7 @@ from sdtune.run_folder import RunFolder
 T = TypeVar("T")
 WAITS = (1, 2, 4, 8, 16)  # seconds before each further try
 LONGEST_WAIT = 300  # seconds, when the Hub says how long to wait
+XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")  # all that hf_xet's ConnectionError says of an answer
 PATIENCE = (10, 300, 300, 300)  # seconds to connect, read, write, and get a connection
 
 
@@ -114,6 +115,9 @@ def status_of(fault: BaseException | None) -> int | None:
     while fault is not None:
         if isinstance(fault, HfHubHTTPError):
             return fault.response.status_code
+        told = XET_STATUS.search(str(fault))
+        if told and isinstance(fault, ConnectionError):
+            return int(told[1])
         fault = fault.__cause__
     return None
 
@@ -177,7 +181,9 @@ def explain(fault: Exception, repo: str) -> str:
         return f"{repo} was changed by somebody else during the upload; push once more"
     if passes(fault):
         return f"{reason(fault)}, after {len(WAITS) + 1} tries; push once more when it is back"
-    return f"the Hub refused the upload to {repo}: {shortened(fault)}"
+    if status is not None:
+        return f"the Hub refused the upload to {repo}: {shortened(fault)}"
+    return f"the upload to {repo} failed: {shortened(fault)}; push once more, or write the folder alone with --dry-run"
 
 
 def logged_in_as() -> str:

@@ -327,6 +327,18 @@ def test_refusals_are_told_and_not_repeated(
     assert "\n" not in str(caught.value) and token not in str(caught.value)
 
 
+def test_refusals_through_xet_are_told_too(
+    hub: HubStandIn, lora: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hf_xet, through which large files go where the Hub has it, tells of a status in the words of its error alone."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.make_faults(403, path="/xet-write-token/")
+    with pytest.raises(HubError, match="this token of ann may only read"):
+        push(lora, "ann/dog")
+    assert waits == []
+
+
 def test_what_cannot_be_pushed(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubStandIn) -> None:
     for name in ("dog", "ann/dog/2", "ann/my dog", "/dog", "ann/"):
         with pytest.raises(UsageError, match="expected user/name"):
