@@ -22,8 +22,10 @@ from sdtune.data.check import Report
 from sdtune.data.check_findings import Finding, about
 from sdtune.data.check_report import megabytes
 from sdtune.data.check_sizes import Frame
+from sdtune.families.quantization import BYTES
 from sdtune.local_models import named_models
 from sdtune.models import AutoencoderKL, UNet2DConditionModel
+from sdtune.optimizers import STATE_BYTES
 
 MEASURED = 0.3  # seconds
 FLOATS = 4  # bytes of a float32
@@ -107,26 +109,50 @@ def run_seconds(recipe: Recipe, flops: int, speed: float) -> float:
 
 
 def written_bytes(recipe: Recipe, network: nn.Module) -> int:
-    """Bytes that the run folder takes at its largest: final/ and the checkpoints that are kept, in float32.
+    """Bytes that the run folder takes at its largest: final/ and the checkpoints that are kept.
 
-    A checkpoint holds the weights as other tools read them, the learning numbers, and the optimizer's two averages; an
-    EMA is one more. Text encoders and what stays of the base are counted for full training as the network is.
+    A checkpoint holds the weights as other tools read them, the learning numbers in float32, and the optimizer's state;
+    an EMA is one more. Text encoders and what stays of the base are counted for full training as the network is.
     """
-    learning = FLOATS * building.make_adapter(recipe).numbers(network)
+    numbers = building.make_adapter(recipe).numbers(network)
     every = recipe.output.checkpoint_every
     taken = 0 if every is None else -(-recipe.train.steps // every)
     kept = taken if recipe.output.keep_last is None else min(taken, recipe.output.keep_last + 1)  # one while it is made
-    return learning * (1 + kept * (4 + (recipe.train.ema is not None)))
+    checkpoint = FLOATS * (2 + (recipe.train.ema is not None)) + STATE_BYTES[recipe.optimizer.name]
+    return numbers * (FLOATS + kept * checkpoint)
+
+
+def held_bytes(recipe: Recipe, network: nn.Module) -> int:
+    """Bytes of memory of the network from step to step: its weights, their gradients, averages and optimizer state.
+
+    What a step needs besides, most of it for the backward pass, depends on the kernels and is not counted.
+    """
+    adapter = building.make_adapter(recipe)
+    numbers = adapter.numbers(network)
+    learning = numbers * (FLOATS * (2 + (recipe.train.ema is not None)) + STATE_BYTES[recipe.optimizer.name])
+    if recipe.adapter.kind == "full":
+        return learning
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = building.frozen_dtype(device, recipe.train.precision, adapter)
+    frozen = (half or torch.float32).itemsize * sum(parameter.numel() for parameter in network.parameters())
+    if recipe.model.quantize is not None:
+        packed = sum(part.weight.numel() for part in network.modules() if type(part) is nn.Linear)
+        frozen -= round(packed * ((half or torch.float32).itemsize - BYTES[recipe.model.quantize]))
+    return learning + frozen
 
 
 def run_cost(recipe: Recipe) -> dict[str, float | int | None]:
-    """`seconds` and `disk_written_bytes` of a run; None where its model is not on this machine."""
+    """`seconds`, `memory_bytes` and `disk_written_bytes` of a run; None where its model is not on this machine."""
     config = network_config(recipe)
     if config is None:
-        return {"seconds": None, "disk_written_bytes": None}
+        return {"seconds": None, "memory_bytes": None, "disk_written_bytes": None}
     network = make_empty(recipe, config)
     seconds = run_seconds(recipe, sample_flops(recipe, network), machine_speed(recipe.train.precision))
-    return {"seconds": float(f"{seconds:.3g}"), "disk_written_bytes": written_bytes(recipe, network)}
+    return {
+        "seconds": float(f"{seconds:.3g}"),
+        "memory_bytes": held_bytes(recipe, network),
+        "disk_written_bytes": written_bytes(recipe, network),
+    }
 
 
 # --- with the data ----------------------------------------------------------------------------------------------------
@@ -208,12 +234,16 @@ def recipe_facts(recipe: Recipe, known: Mapping[str, Any]) -> Facts:
     else:
         facts.append(("time", "not known while the model is not here"))
         written = "how much the run writes is not known while the model is not here"
+    if known["memory_bytes"] is not None:
+        what = f"{megabytes(known['memory_bytes'])} for what learns, its base and the optimizer's state"
+        facts.append(("memory", f"about {what}; the pass of a batch, VAE and text encoders not counted"))
     facts.append(("disk", f"{written}; {megabytes(known['disk_free_bytes'])} are free for {recipe.output.dir}"))
     if recipe.train.cache_dir is not None:
         free = f"{megabytes(known['cache_dir_free_bytes'])} are free for {recipe.train.cache_dir}"
         facts.append(("cache", f"about {megabytes(known['cache_dir_bytes'])}, of which some may be there; {free}"))
     elif recipe.train.cache and recipe.task == "denoising":
-        facts.append(("memory", f"about {megabytes(known['cached_latents_bytes'])} of cached latents, 2.1 GB at most"))
+        latents = f"about {megabytes(known['cached_latents_bytes'])} of latents in memory, 2.1 GB at most"
+        facts.append(("cache", latents))
     if known["class_pictures_to_draw"]:
         facts.append(("class", f"up to {known['class_pictures_to_draw']} pictures, which the run draws first"))
     return facts

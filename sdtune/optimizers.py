@@ -10,6 +10,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+# Bytes of state for each number that learns, about. Adafactor keeps a row and a column of a matrix, and two thirds of a
+# 3 x 3 convolution.
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "lion8bit": 1, "adafactor": 2, "prodigy": 16, "schedulefree": 8}
+
 
 def make_optimizer(
     name: str,

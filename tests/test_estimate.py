@@ -62,7 +62,7 @@ def test_operations_are_counted_without_weights(sdxl: Path, sd: Path, photos: Pa
 
 def test_what_is_not_here_is_not_known(photos: Path, tmp_path: Path) -> None:
     recipe = make_recipe("someone/model", photos, tmp_path / "run")
-    assert estimate.run_cost(recipe) == {"seconds": None, "disk_written_bytes": None}
+    assert estimate.run_cost(recipe) == {"seconds": None, "memory_bytes": None, "disk_written_bytes": None}
 
 
 def test_a_disk_that_is_too_small_is_fatal(
@@ -101,3 +101,32 @@ def test_bytes_of_the_cache_are_about_those_of_the_folder(
     said = capsys.readouterr().out
     assert "caches that may not fit on the disk" in said
     assert "of which some may be there; 100 KB are free for" in said
+
+
+@pytest.mark.parametrize(
+    ("adapter", "optimizer", "quantize"),
+    [
+        ({"kind": "lora", "rank": 64, "targets": "all"}, "adamw", None),
+        ({"kind": "lora"}, "adamw", "nf4"),
+        ({"kind": "lora"}, "prodigy", "int8"),
+        (FULL, "adamw8bit", None),
+        (FULL, "adafactor", None),
+    ],
+    ids=str,
+)
+def test_memory_is_about_that_of_the_run(
+    adapter: Any, optimizer: str, quantize: str | None, photos: Path, tmp_path: Path
+) -> None:
+    from sdtune.families.quantization import weight_bytes
+
+    recipe = make_recipe(
+        "tiny", photos, tmp_path / "run", adapter=adapter, optimizer={"name": optimizer, "lr": 1.0},
+        model={"quantize": quantize}, train={"steps": 1, "batch_size": 1},
+    )  # fmt: skip
+    run = Run(recipe)
+    next(run.steps())
+    state = [each for some in run.optimizer.state.values() for each in some.values() if isinstance(each, torch.Tensor)]
+    learning = sum(parameter.nbytes for parameter in run.parameters.values())
+    states = sum({each.data_ptr(): each.nbytes for each in state}.values())  # the tables of 8 bits are shared
+    held = weight_bytes(run.family.modules["unet"]) + learning + states
+    assert estimate.run_cost(recipe)["memory_bytes"] == pytest.approx(held, rel=0.1)

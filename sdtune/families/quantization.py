@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # numbers that share a scale in nf4
+BYTES = {"nf4": 0.5 + 4 / BLOCK, "int8": 1.0}  # of a number; int8's scales, one a row, hardly count
 
 
 class QuantizedLinear(nn.Linear):
