@@ -143,9 +143,8 @@ def test_the_schedule_scales_each_groups_own_rate() -> None:
             return module[0](some, drawn) + module[1](some, drawn)
 
     accelerator = make_accelerator("fp32")
-    optimizer = make_optimizer(
-        [([module[0].w], 1e-2), ([module[1].w], 1e-3)], weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8
-    )
+    groups = [([module[0].w], 1e-2), ([module[1].w], 1e-3)]
+    optimizer = make_optimizer("adamw", groups, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     prepared, stepper = accelerator.prepare(Both(), optimizer)
     infos = train(
         prepared, stepper, iter([batch([1.0])]), lambda b: Draws(torch.zeros(1)), accelerator,
