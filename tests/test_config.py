@@ -257,7 +257,7 @@ def test_names_and_paths(workplace: Path) -> None:
         load("recipes/lora_tiny.yaml")
     with pytest.raises(UsageError, match="is a folder"):
         load("photos")
-    with pytest.raises(UsageError, match=r"no recipe 'nosuch'; known here: .*lora_tiny.*[a-z]\. Give one of these"):
+    with pytest.raises(UsageError, match=r"no recipe 'nosuch'; known here: .*lora_tiny.*[a-z0-9]\. Give one of these"):
         load("nosuch")
 
 

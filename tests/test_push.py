@@ -224,6 +224,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sdxl pivotal": {"model": {"family": "sdxl"}, "adapter": {"tokens": CAT}},
     "another prediction": {"objective": {"prediction": "v_prediction", "zero_terminal_snr": True}},
     "sdxl": {"model": {"family": "sdxl"}, "adapter": {"text_encoder": True}},
+    "lora for inpainting": {},
     "inpainting": {"model": {"inpaint": True}, "adapter": {"kind": "full"}},
     "vae": {"task": "autoencoding", "adapter": {"kind": "full"}},
 }
@@ -235,7 +236,10 @@ def test_the_code_of_the_card_works(
 ) -> None:
     """As somebody else would run it: base and weights come from the Hub."""
     sections = METHODS[method]
-    base = (make_sdxl if "sdxl" in method else make_sd)(tmp_path / "base")
+    if "sdxl" in method:
+        base = make_sdxl(tmp_path / "base")
+    else:
+        base = make_sd(tmp_path / "base", **({"in_channels": 9} if method == "lora for inpainting" else {}))
     hub.put("some/base", {f.relative_to(base).as_posix(): f.read_bytes() for f in base.rglob("*") if f.is_file()})
     monkeypatch.chdir(tmp_path)
     validate = {} if method == "vae" else {"validate": {"samples": {"prompts": ['a "dog"'], "steps": 1}}}
