@@ -108,3 +108,8 @@ def test_pictures_and_links_exist():
     names = re.findall(r"\]\(([^)#]+)\)", README)
     assert len(names) > 3
     assert [name for name in names if "://" not in name and not (ROOT / name).exists()] == []
+
+
+def test_the_table_of_methods_names_every_recipe():
+    named = set(re.findall(r"`(\w+_(?:tiny|tiny_vae|sd15|sd21|sdxl))`", README))
+    assert named == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
