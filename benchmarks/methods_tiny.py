@@ -1,6 +1,6 @@
 """What each method does to the embedded tiny model: real training, each effect measured from the same noise.
 
-    python benchmarks/methods_tiny.py                        # all three parts, about 20 minutes on 2 CPU cores
+    python benchmarks/methods_tiny.py                        # all three parts, about 15 minutes on 2 CPU cores
     python benchmarks/methods_tiny.py --part prior --out runs/methods
 
     prior     DreamBooth, text encoder included, on one thing that the base never saw, as full training and as LoRA,
@@ -36,7 +36,8 @@ from sdtune.progress import show_progress
 from sdtune.run import Run
 from sdtune.sample import draw_pictures
 
-SIZE, COLUMNS, GUIDANCE = 64, 16, 2.0
+SIZE, COLUMNS, GUIDANCE, STEPS = 64, 16, 2.0, 25  # STEPS of sampling
+KEPT = 48  # other things that are drawn
 NEW, NEW_PROMPT = "teddy bear", "sks bear face"  # the demo's picture of it is the one that is taught
 FACES = ("mouse face", "cow face", "tiger face", "rabbit face", "cat face", "dragon face", "horse face", "monkey face",
          "dog face", "pig face", "frog face", "hamster face", "wolf face", "bear face", "panda face", "fox face",
@@ -65,7 +66,7 @@ def all_things() -> Things:
 def draw(run: Run, prompts: Sequence[str]) -> Pictures:
     """One picture of each prompt, each from noise of its own, uint8 (N, 64, 64, 3)."""
     seeds = list(range(len(prompts)))
-    options: dict[str, Any] = {"height": SIZE, "width": SIZE, "steps": 25, "guidance": GUIDANCE}
+    options: dict[str, Any] = {"height": SIZE, "width": SIZE, "steps": STEPS, "guidance": GUIDANCE}
     return np.stack([np.asarray(picture) for picture in draw_pictures(run.family, prompts, seeds, **options)])
 
 
@@ -108,7 +109,7 @@ def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Pictures]], out: Pat
 def prior(out: Path, steps: int) -> list[dict[str, Any]]:
     """One new thing, with and without class pictures."""
     things = all_things()
-    rest = [i for i in draws.permutation(285, 0, "rest") if things.names[i] not in FACES][:48]
+    rest = [i for i in draws.permutation(285, 0, "rest") if things.names[i] not in FACES][:KEPT]
     faces = things.numbers(FACES)
     asked = {"new": ([NEW_PROMPT] * 16, things.numbers([NEW]) * 16), "class": (list(FACES), faces)}
     asked["rest"] = ([things.names[i] for i in rest], rest)
@@ -126,7 +127,7 @@ def prior(out: Path, steps: int) -> list[dict[str, Any]]:
             overrides = ["adapter.text_encoder=true", f"optimizer.lr={lr}", "optimizer.text_encoder_lr=5e-5",
                          f"train.steps={steps}", f"data.0.path={photos}", f"data.0.prompt={NEW_PROMPT}",
                          f"data.1.prompts={out / 'faces.txt'}", f"data.1.path={out / 'class'}",
-                         "data.1.generate=66"]  # fmt: skip
+                         f"data.1.generate={3 * len(FACES)}", f"data.1.drawing.steps={STEPS}"]  # fmt: skip
             folder = out / f"prior-{name.lower()}-{'with' if with_class else 'without'}"
             settings = fresh(recipe, folder, overrides)
             if not with_class:
@@ -202,7 +203,7 @@ def token(out: Path, steps: int, data: Path) -> list[dict[str, Any]]:
 def adapters(out: Path, steps: int) -> list[dict[str, Any]]:
     """Three ways to learn the same, for equal steps."""
     things = all_things()
-    new, old = list(range(285, 301)), draws.permutation(285, 0, "old things")[:48]
+    new, old = list(range(285, 301)), draws.permutation(285, 0, "old things")[:KEPT]
     results, shown = [], []
     for name, recipe, lr in (
         ("full", "dreambooth_full_tiny", 2e-4),
@@ -255,7 +256,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--part", choices=["prior", "token", "adapters"], action="append", help="all unless told")
     parser.add_argument("--out", type=Path, default=Path("runs/methods-tiny"), help="runs and contact sheets")
     parser.add_argument("--data", type=Path, default=Path("data/tiny_base"), help="what build_data.py wrote")
-    parser.add_argument("--steps", type=int, default=None, help="of each run; 200, for adapters 332, for token 600")
+    parser.add_argument("--steps", type=int, default=None, help="of each run; 160, for adapters 332, for token 400")
     settings = parser.parse_args(arguments)
     from sdtune.libraries import prepare
 
@@ -266,9 +267,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             sys.exit(f"error: {settings.data} does not exist; make it with: python examples/tiny_base/build_data.py")
         settings.out.mkdir(parents=True, exist_ok=True)
         if part == "prior":
-            results[part] = prior(settings.out, settings.steps or 200)
+            results[part] = prior(settings.out, settings.steps or 160)
         elif part == "token":
-            results[part] = token(settings.out, settings.steps or 600, settings.data)
+            results[part] = token(settings.out, settings.steps or 400, settings.data)
         else:
             results[part] = adapters(settings.out, settings.steps or 332)
         print(f"\n{part}\n{table(results[part])}\n", flush=True)

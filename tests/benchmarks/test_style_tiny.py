@@ -39,10 +39,22 @@ def test_a_run_is_measured_and_shown(benchmark, tmp_path, capsys):
     Run(make_recipe(base, make_photos(tmp_path / "photos", 2), tmp_path / "run")).complete()
     unseen = tmp_path / "unseen.json"
     unseen.write_text(json.dumps([{"name": name} for name in ("red apple", "cactus", "taco")]), encoding="utf-8")
-    result = benchmark.main([
-        "--lora", str(tmp_path / "run" / "final"), "--base", str(base), "--unseen", str(unseen),
-        "--out", str(tmp_path / "out"), "--limit", "2", "--steps", "2",
-    ])
+    result = benchmark.main(
+        [
+            "--lora",
+            str(tmp_path / "run" / "final"),
+            "--base",
+            str(base),
+            "--unseen",
+            str(unseen),
+            "--out",
+            str(tmp_path / "out"),
+            "--limit",
+            "2",
+            "--steps",
+            "2",
+        ]
+    )
     assert result["concepts"] == 2
     printed = capsys.readouterr().out
     assert json.loads(printed.splitlines()[-1]) == result

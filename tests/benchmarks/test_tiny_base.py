@@ -86,17 +86,34 @@ def random_model(tmp_path_factory):
     bpe = load(ROOT / "examples" / "tiny_base" / "bpe.py")
     bpe.write_tokenizer(folder / "words", ["red apple", "hot dog"], 520)
     text = {
-        "vocab_size": 520, "bos_token_id": 518, "eos_token_id": 519, "hidden_size": 32, "intermediate_size": 32,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 77,
+        "vocab_size": 520,
+        "bos_token_id": 518,
+        "eos_token_id": 519,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 77,
     }
     unet = {
-        "sample_size": 16, "in_channels": 4, "out_channels": 4, "block_out_channels": [32, 32], "layers_per_block": 1,
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "cross_attention_dim": 32,
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "attention_head_dim": 8, "norm_num_groups": 8,
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [32, 32],
+        "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "cross_attention_dim": 32,
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
     }
     vae = {
-        "block_out_channels": [16, 16, 16], "latent_channels": 4, "norm_num_groups": 8, "layers_per_block": 1,
-        "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "block_out_channels": [16, 16, 16],
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "layers_per_block": 1,
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
     }
     scheduler = {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}
     parts = {"text_encoder": text, "unet": unet, "vae": vae, "scheduler": scheduler, "tokenizer": str(folder / "words")}
