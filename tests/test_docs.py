@@ -87,6 +87,7 @@ def make_world(work: Path, page: str) -> None:
 
 def run(command: str, work: Path) -> subprocess.CompletedProcess[str]:
     """Runs a command with this Python, and with the captioner that comes along in place of one of the Hub."""
+    command, _, into = command.partition(" > ")
     words = shlex.split(command)
     settings = dict(word.split("=", 1) for word in words if re.fullmatch(r"[A-Z_]+=\w+", word))
     words = [word for word in words if word.split("=")[0] not in settings]
@@ -94,7 +95,10 @@ def run(command: str, work: Path) -> subprocess.CompletedProcess[str]:
         words += ["--model", "tiny"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | settings
     line = [sys.executable, *PROGRAMS[words[0]], *words[1:]]
-    return subprocess.run(line, cwd=work, env=environment, capture_output=True, text=True, timeout=600)
+    answer = subprocess.run(line, cwd=work, env=environment, capture_output=True, text=True, timeout=600)
+    if into:
+        (work / into).write_text(answer.stdout, encoding="utf-8")
+    return answer
 
 
 def ends_with(output: list[str]) -> set[int]:

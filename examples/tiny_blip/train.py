@@ -201,6 +201,7 @@ class Together:
         self.param_groups = [group for part in parts for group in part.param_groups]
         owner = {parameter: part for part in parts for group in part.param_groups for parameter in group["params"]}
         self.state = StateOf(owner)
+        self.defaults = {key: value for part in parts for key, value in part.defaults.items()}
 
     def step(self) -> None:
         for part in self.parts:
