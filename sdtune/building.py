@@ -29,7 +29,7 @@ from sdtune.families.inpainting import widen
 from sdtune.families.quantization import quantize
 from sdtune.families.schedulers import adjusted
 from sdtune.models.attention import use_kernel
-from sdtune.run_folder import weights_folder
+from sdtune.run_folder import model_place, weights_folder
 from sdtune.tasks import AutoencodingTask, DenoisingTask, Task
 
 
@@ -74,9 +74,9 @@ def open_family(
         }
         family = kind.from_config(made, seed=seed, **options)
     else:
-        options |= {"vae": resolve_asset(model.vae) if model.vae else None}
+        options |= {"vae": model_place(model.vae) if model.vae else None}
         options |= {"variant": model.variant, "revision": model.revision, "allow_pickle": model.allow_pickle}
-        family = kind.load(resolve_asset(str(model.base)), parts=parts, **options)
+        family = kind.load(model_place(str(model.base)), parts=parts, **options)
     if model.inpaint:
         widen(family.modules[family.denoiser])
     if family.scheduler:

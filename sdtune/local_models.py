@@ -96,9 +96,10 @@ def caption_reader(model: ModelSettings | None, max_tokens: int) -> Reader:
 
 def _base(model: ModelSettings, task: str) -> NamedModel:
     from sdtune.families import family_class
+    from sdtune.run_folder import model_place  # imports torch
 
     name, key = str(model.base), "model.base"
-    local = Path(resolve_asset(name))
+    local = Path(model_place(name))
     if local.is_file():
         return NamedModel(key, name, local)
     if local.exists():
@@ -119,7 +120,9 @@ def _base(model: ModelSettings, task: str) -> NamedModel:
 
 def _part(key: str, name: str, part: str) -> NamedModel:
     """A model that is one part, in a folder of its own or in that of a whole model."""
-    local = Path(resolve_asset(name))
+    from sdtune.run_folder import model_place  # imports torch
+
+    local = Path(model_place(name))
     if local.is_file():
         return NamedModel(key, name, local, () if part in ("unet", "vae", "text_encoder") else (part,))
     if local.exists():

@@ -153,7 +153,7 @@ def learns(recipe: Mapping[str, Any]) -> str:
     """Which weights change, in words."""
     adapter = recipe["adapter"]
     if recipe["task"] == "autoencoding":
-        return "every weight of the VAE"
+        return "the decoder of the VAE" if adapter.get("decoder_only") else "every weight of the VAE"
     tokens = " and ".join(token["token"] for token in adapter.get("tokens") or ())
     if adapter["kind"] == "textual-inversion":
         return f"the embeddings of {tokens}"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtune import distributed
 from sdtune.checkpoint import all_checkpoints, write_text, written_aside
+from sdtune.config import resolve_asset
 from sdtune.data.buckets import Bucket
 from sdtune.errors import RunError, WeightsError
 
@@ -135,6 +136,12 @@ def weights_folder(path: Path) -> Path:
             f"sdtune train {path / 'run.yaml'} --resume"
         )
     return checkpoints[-1] / "weights"
+
+
+def model_place(name: str) -> str:
+    """What a recipe names a model by, as libraries open it: of a run its weights, of `tiny` its folder."""
+    place = resolve_asset(name)
+    return str(weights_folder(Path(place))) if Path(place).is_dir() else place
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

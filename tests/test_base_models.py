@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from sdtune.data.batches import collate
 from sdtune.data.images import to_float
+from sdtune.local_models import named_models
 from sdtune.run import Run
 from sdtune.sample import draw_pictures, initial_noise
 from tests.factories import SIZE, VAE, make_recipe, make_sd, shake
@@ -166,3 +167,19 @@ def test_stable_diffusion_2_learns_v_and_is_drawn_with_by_stock(
     if kind != "full":
         stock.load_lora_weights(tmp_path / "run/final")
     assert_stock_draws_the_same(stock, run, guidance=7.5)
+
+
+def test_runs_are_bases_and_vaes_too(sd: Path, photos: Path, tmp_path: Path) -> None:
+    vae = {"kind": "full", "decoder_only": True}
+    Run(make_recipe(sd, photos, tmp_path / "vae", task="autoencoding", adapter=vae)).complete()
+    Run(make_recipe(sd, photos, tmp_path / "full", adapter={"kind": "full"})).complete()
+    model = {"base": str(tmp_path / "full"), "vae": str(tmp_path / "vae")}
+    recipe = make_recipe(sd, photos, tmp_path / "run", model=model)
+    assert all(each.here for each in named_models(recipe))
+    run = Run(recipe)
+    for part, folder in (("unet", "full/final/unet"), ("vae", "vae/final")):
+        kind = type(run.family.modules[part])
+        stored = kind.from_pretrained(tmp_path / folder).state_dict()
+        own = run.family.modules[part].state_dict()
+        kept = [key for key in stored if key in own]  # the LoRA renames its targets
+        assert len(kept) > 20 and all(torch.equal(own[key], stored[key]) for key in kept)
