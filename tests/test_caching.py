@@ -264,6 +264,18 @@ def test_other_settings_of_the_model_are_noticed(sd: Path, photos: Path, tmp_pat
     assert filled(recipe_of(other, photos, tmp_path)) == (0, 5)
 
 
+def test_runs_of_other_packed_weights_share_no_text(sd: Path, photos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    found: dict[tuple[str, str], list[float]] = {}
+    for kind in ("nf4", "int8"):
+        for cache in ("shared", kind):
+            train = {"steps": 2, "cache_dir": str(tmp_path / cache)}
+            run = make_recipe(sd, photos, tmp_path / f"{kind} {cache}", model={"quantize": kind}, train=train)
+            found[kind, cache] = losses(Run(run).complete())
+        assert found[kind, "shared"] == found[kind, kind]
+    assert found["nf4", "shared"] != found["int8", "shared"]
+
+
 # --- filling ----------------------------------------------------------------------------------------------------------
 
 

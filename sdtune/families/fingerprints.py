@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdtune.families.quantization import packed_weights
+
 NO_MATTER = ("_name_or_path", "_diffusers_version", "transformers_version", "architectures")
 
 
@@ -18,7 +20,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def of_network(network: nn.Module, part: Callable[[str], bool] = lambda name: True) -> str:
-    """Of a network's configuration and weights, in the number format that they have now.
+    """Of a network's configuration and weights, in the number format that they have now, packed ones too.
 
     Args:
         network: one with a config of diffusers or transformers.
@@ -27,7 +29,8 @@ def of_network(network: nn.Module, part: Callable[[str], bool] = lambda name: Tr
     config: Any = network.config
     values = dict(config.to_dict() if hasattr(config, "to_dict") else config)
     facts = sorted((name, repr(value)) for name, value in values.items() if name not in NO_MATTER)
-    weights = [(name, tensor) for name, tensor in network.state_dict().items() if part(name)]
+    tensors = network.state_dict() | packed_weights(network)
+    weights = [(name, tensor) for name, tensor in tensors.items() if part(name)]
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
         digests = list(pool.map(_digest, [tensor for _, tensor in weights]))
     return fingerprint(facts, [(name, *one) for (name, _), one in zip(weights, digests, strict=True)])

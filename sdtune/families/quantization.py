@@ -119,6 +119,16 @@ def dequantized(layer: QuantizedLinear) -> nn.Linear:
     return plain
 
 
+def packed_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The packed weights of a network and their scales, which its `state_dict` lacks; the kind is part of a name."""
+    return {
+        f"{name}.{layer.kind}.{part}": tensor
+        for name, layer in network.named_modules()
+        if isinstance(layer, QuantizedLinear)
+        for part, tensor in (("packed", layer.packed), ("scales", layer.scales))
+    }
+
+
 def weight_bytes(network: nn.Module) -> int:
     """Bytes of memory of a network's weights, packed ones too."""
     packed = sum(layer.packed_bytes for layer in network.modules() if isinstance(layer, QuantizedLinear))

@@ -134,6 +134,20 @@ def test_a_model_is_smaller_and_answers_nearly_the_same(
         assert not any(isinstance(part, QuantizedLinear) for part in family.modules[family.denoiser].modules())
 
 
+def test_packed_weights_are_part_of_the_fingerprint(sd: Path) -> None:
+    def found(kind: str, factor: float) -> str:
+        family = load(sd)
+        (name,) = family.text_encoders
+        for layer in family.modules[name].modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.data *= factor
+        quantize(family.modules[name], kind, CPU)
+        return family.text_fingerprint()
+
+    assert found("nf4", 1.0) == found("nf4", 1.0)
+    assert len({found("nf4", 1.0), found("nf4", 3.0), found("int8", 1.0), found("int8", 3.0)}) == 4
+
+
 @pytest.mark.parametrize("adapter", LOW_RANK)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_adapter_learns_beside_it_and_can_be_merged(kind: str, adapter: str, sd: Path) -> None:
