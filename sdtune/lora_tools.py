@@ -38,7 +38,7 @@ def info(place: str | Path, base: str | None = None) -> dict[str, Any]:
 
     Returns:
         format (diffusers, peft, kohya, legacy; None where nothing in it is a LoRA's), kind, rank and alpha (a list
-        where they differ), targets (endings of the layers' names), networks, base (SD1, SD2, SDXL or None), tensors
+        where they differ), targets (endings of the layers' names), networks, base (see `LoraFile.base`), tensors
         (alphas not counted), applied (how many of them have a place in `base`, None without it), refused (why it would
         not be loaded, or None) and metadata.
     """
@@ -93,6 +93,9 @@ def _one(values: set[Any]) -> Any:
 
 def info_command(place: str, *, base: str | None = None, as_json: bool = False) -> int:
     """`sdtune lora info`: print what a file is; exit code 1 where it would be refused."""
+    from sdtune.libraries import prepare
+
+    prepare()
     facts = info(place, base)
     if as_json:
         print(json.dumps(facts))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,58 @@ def test_info_of_kohyas_names_for_sdxl(tmp_path: Path) -> None:
     assert info(tmp_path / "xl.safetensors")["base"] == "SDXL"
     assert info(tmp_path / "xl.safetensors", "SDXL")["applied"] == 2
     assert "it is for Stable Diffusion XL (SDXL" in info(tmp_path / "xl.safetensors", "SD1")["refused"]
+
+
+def test_info_never_counts_alphas(tmp_path: Path) -> None:
+    """Not those of names that are not understood either."""
+    names = ("lora_down.weight", "lora_up.weight", "alpha")
+    layer = "lora_unet_input_blocks_99_1_proj_in"
+    save_file({f"{layer}.{name}": torch.ones(2, 2) for name in names}, tmp_path / "odd.safetensors")
+    facts = info(tmp_path / "odd.safetensors", "SDXL")
+    assert facts["tensors"] == 2 and facts["applied"] == 0
+    assert "no tensor of the 2 fits" in facts["refused"]
+    save_file({"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)}, tmp_path / "alpha.safetensors")
+    facts = info(tmp_path / "alpha.safetensors", "SD1")
+    assert facts["tensors"] == 0 and "it holds no tensors of a LoRA" in facts["refused"]
+
+
+def test_the_base_is_told_by_what_only_one_kind_has(tmp_path: Path) -> None:
+    def base(name: str, width: int, unet: Any = None) -> str | None:
+        layer = LoraLayer({"down": torch.zeros(4, width), "up": torch.zeros(width, 4)})
+        write_kohya({name: layer}, tmp_path / "a.safetensors", unet=unet, header={})
+        return info(tmp_path / "a.safetensors")["base"]
+
+    text, first = (
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1",
+    )
+    assert base(text, 768, unet_config("SDXL")) == "SDXL"  # lora_te1_
+    assert base(text, 768) is None
+    assert base(f"{first}.to_q", 320) == "SD1 or SD2"  # SDXL has no attention there
+    assert base(f"{first}.to_q", 32) is None
+
+
+def test_info_is_quiet(file: Path) -> None:
+    """A process of its own: libraries tell their troubles while they are imported."""
+    line = [sys.executable, "-m", "sdtune", "lora", "info", str(file), "--base", "SD1", "--json"]
+    ran = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert json.loads(ran.stdout)["refused"] == ran.stderr.removeprefix("error: ").strip()
+
+
+def test_kohyas_header_names_no_rank_where_there_is_none(tmp_path: Path) -> None:
+    """A LoKr of whole factors has none."""
+
+    def rank(**layers: LoraLayer) -> str | None:
+        write_kohya({f"unet.{name}": layer for name, layer in layers.items()}, file, unet=None, header={})
+        return read_lora(file).metadata.get("ss_network_dim")
+
+    def whole() -> LoraLayer:
+        return LoraLayer({"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(2, 2)})
+
+    file = tmp_path / "a.safetensors"
+    narrow = LoraLayer({"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(16, 3), "lokr_w2_b": torch.ones(3, 16)})
+    assert rank(conv_in=whole(), conv_out=whole()) is None
+    assert rank(conv_in=whole(), conv_out=whole(), time_proj=narrow) == "3"
 
 
 def test_info_of_what_is_no_lora(sd: Path) -> None:

@@ -36,7 +36,8 @@ class LoraFile:
     Attributes:
         layers: the updates, by the layer's name as in `lora_names`.
         keys: for each layer the keys of its tensors, without alphas.
-        strange: keys that belong to no layer, for their style is not known or a part of the layer is missing.
+        strange: keys that belong to no layer, for their style is not known or a part of the layer is missing; without
+            alphas too.
         style: diffusers, peft, kohya or legacy.
         metadata: what its header says.
     """
@@ -54,10 +55,18 @@ class LoraFile:
 
     @property
     def base(self) -> str | None:
-        """SD1, SD2 or SDXL, told by the widths of its layers; None where they do not tell."""
-        if any(name.startswith("text_encoder_2.") for name in self.layers):
+        """SD1, SD2 or SDXL, told by names and widths of its layers; SD1 or SD2 if it is not SDXL; None if unsure."""
+        sizes = {name: layer.size for name, layer in self.layers.items()}
+        keys = (key for keys in self.keys.values() for key in keys)
+        if any(name.startswith("text_encoder_2.") for name in sizes) or any(
+            key.startswith("lora_te1_") for key in keys
+        ):
             return "SDXL"
-        return WIDTHS.get(text_width({name: layer.size for name, layer in self.layers.items()}) or 0)
+        width = text_width(sizes)
+        if width is not None:
+            return WIDTHS.get(width)
+        first = (size for name, size in sizes.items() if name.startswith("unet.down_blocks.0.attentions."))
+        return "SD1 or SD2" if any(inputs == 320 for _, inputs in first) else None  # SDXL attends from level 1 on
 
 
 def find_lora(place: str | Path) -> Path:
@@ -124,7 +133,7 @@ def read_lora(place: str | Path, unet: Mapping[str, Any] | None = None) -> LoraF
     for key, tensor in tensors.items():
         spot = lora_names.parse(key, config)
         if spot is None:
-            strange.append(key)
+            strange += [] if key.endswith(".alpha") else [key]
             continue
         parts.setdefault(spot.layer, {})[spot.part] = tensor
         if spot.part != "alpha":
@@ -133,7 +142,7 @@ def read_lora(place: str | Path, unet: Mapping[str, Any] | None = None) -> LoraF
     for name, some in parts.items():
         layer = make_layer(some, settings_of(name, settings))
         if layer is None:
-            strange += keys.pop(name, [f"{name}.alpha"])
+            strange += keys.pop(name, [])
         else:
             layers[name] = layer
     style = lora_names.style(next(iter(tensors), ""))
@@ -263,6 +272,8 @@ def check_fit(lora: LoraFile, shapes: Mapping[str, Shape], place: str | Path) ->
         shapes: of the model's weights, by the layers' names.
     """
     wrong = misfits(lora, shapes)
+    if not lora.tensors:
+        raise WeightsError(f"the LoRA '{place}' is refused: it holds no tensors of a LoRA; fetch it again")
     if not wrong:
         return
     count, total = len(wrong), lora.tensors
@@ -278,7 +289,8 @@ def _why(lora: LoraFile, shapes: Mapping[str, Shape]) -> str:
         return "it does not look like a LoRA (no key has 'lora' in it)"
     width, expected = text_width({name: layer.size for name, layer in lora.layers.items()}), text_width(shapes)
     if width is not None and expected is not None and width != expected:
-        return f"it is for {base_of(width)}, this model is {base_of(expected)}; name a base of its kind"
+        this = f"is {base_of(expected)}" if expected in WIDTHS else f"reads text of width {expected}"
+        return f"it is for {base_of(width)}, this model {this}; name a base of its kind"
     if any("dora_scale" in key for key in lora.strange):
         return "its DoRA scales the inputs (LyCORIS without wd_on_output), and only scales of the outputs are known"
     missing = sorted({name.partition(".")[0] for name in lora.layers} - {name.partition(".")[0] for name in shapes})
@@ -301,4 +313,4 @@ def text_width(shapes: Mapping[str, Shape]) -> int | None:
 def base_of(width: int) -> str:
     """The kind of model that reads text of this width."""
     kind = WIDTHS.get(width)
-    return f"{NAMES[kind]} ({kind}, text of width {width})" if kind else f"a model (text of width {width})"
+    return f"{NAMES[kind]} ({kind}, text of width {width})" if kind else f"a model that reads text of width {width}"

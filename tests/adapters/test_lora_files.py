@@ -106,7 +106,8 @@ def test_a_lora_for_another_base_names_that_base(trained: Any, sd: Path, tmp_pat
 
     file = change(find_lora(trained.folder.final), tmp_path / "wide.safetensors", str, widen)
     with pytest.raises(
-        WeightsError, match=rf"it is for {name} \(SD[12XL]+, text of width {width}\), this model is a model \(.* 32\)"
+        WeightsError,
+        match=rf"it is for {name} \(SD[12XL]+, text of width {width}\), this model reads text of width 32;",
     ):
         load_lora(StableDiffusion.load(str(sd)), file)
 
@@ -114,7 +115,9 @@ def test_a_lora_for_another_base_names_that_base(trained: Any, sd: Path, tmp_pat
 def test_a_lora_of_another_family_is_refused(trained: Any, sdxl: Path) -> None:
     from sdtune.families.sdxl import StableDiffusionXL
 
-    with pytest.raises(WeightsError, match="width 32.*this model is a model .text of width 56"):
+    with pytest.raises(
+        WeightsError, match="it is for a model that reads text of width 32, this model reads text of width 56"
+    ):
         load_lora(StableDiffusionXL.load(str(sdxl)), find_lora(trained.folder.final))
 
 
