@@ -14,9 +14,10 @@ from sdtune.data.check_entries import Entry
 from sdtune.data.check_findings import Finding, about, is_fatal, worst_first
 from sdtune.data.check_masks import Masked, mask_findings, mask_of
 from sdtune.data.check_reading import Reading, read
-from sdtune.data.check_scan import Look, look_at_all
+from sdtune.data.check_scan import Look, looking
 from sdtune.data.check_sizes import Frame, size_findings
 from sdtune.data.duplicates import ALIKE, groups_of_alike, groups_of_equal
+from sdtune.data.metadata import is_picture, list_files
 from sdtune.data.picture import Picture
 
 Identity = tuple[str, str]  # origin and name
@@ -103,11 +104,12 @@ def check(
         masks: whether training uses the masks of pictures.
         watch: passes the looks on, of so many in all, and may show how far they are.
     """
-    readings = [read(entry) for entry in entries]
-    pairs = [(reading, picture) for reading in readings for picture in reading.pictures]
-    drawn = [mask_of(picture) for _, picture in pairs if picture.mask is not None]
-    unique = {(picture.origin, picture.name): picture for picture in [*(picture for _, picture in pairs), *drawn]}
-    looks = dict(zip(unique, watch(look_at_all(list(unique.values())), len(unique)), strict=True))
+    with looking(_files(entries)) as look_at_all:  # the captions are read while the other processes look
+        readings = [read(entry) for entry in entries]
+        pairs = [(reading, picture) for reading in readings for picture in reading.pictures]
+        drawn = [mask_of(picture) for _, picture in pairs if picture.mask is not None]
+        unique = {(picture.origin, picture.name): picture for picture in [*(picture for _, picture in pairs), *drawn]}
+        looks = dict(zip(unique, watch(look_at_all(list(unique.values())), len(unique)), strict=True))
     seen = [Seen(reading, picture, looks[picture.origin, picture.name]) for reading, picture in pairs]
     equal, alike = _twins(seen, threshold)
     validation = held_out(readings) if held_out is not None else set()
@@ -141,6 +143,12 @@ def check(
     if any(entry.role == "instance" for entry in entries) and not pairs and not is_fatal(findings):
         findings += [Finding("fatal", "no pictures", 0, "there are no pictures", "put some in")]
     return Report(readings, seen, frame, worst_first(findings), equal, alike)
+
+
+def _files(entries: Sequence[Entry]) -> list[str]:
+    """The pictures in the folders of some entries, as their paths."""
+    folders = dict.fromkeys(entry.path for entry in entries if entry.path is not None and entry.path.is_dir())
+    return [str(folder / name) for folder in folders for name in list_files(folder) if is_picture(name)]
 
 
 def _named(reading: Reading, name: str) -> str:

@@ -14,9 +14,10 @@ import os
 import signal
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,31 @@ class Look:
     tint: bytes = b""
 
 
+@contextmanager
+def looking(files: Sequence[str] = (), processes: int | None = None) -> Iterator[Callable[..., Iterator[Look]]]:
+    """Within: a function as `look_at_all`. The other processes look at `files` from now on, before it is called.
+
+    Args:
+        files: paths that will most likely be asked for.
+        processes: as in `look_at_all`.
+
+    Raises:
+        DataError: a process was ended from outside.
+    """
+    processes = _how_many(len(files)) if processes is None else processes
+    if processes < 2 or not files:
+        yield look_at_all
+        return
+    with _pool(processes - 1) as pool:
+        early = _Early(pool, files)
+
+        def look(pictures: Sequence[Picture]) -> Iterator[Look]:
+            for content in map(_content, pictures):
+                yield early.look(content) if content in early.places else _look_at_chunk([content])[0]
+
+        yield look
+
+
 def look_at_all(pictures: Sequence[Picture], processes: int | None = None) -> Iterator[Look]:
     """One look for each picture, in order. Pictures that cannot be read are no error, but a Look with a fault.
 
@@ -83,21 +109,59 @@ def look_at_all(pictures: Sequence[Picture], processes: int | None = None) -> It
     """
     chunks = (pictures[first : first + CHUNK] for first in range(0, len(pictures), CHUNK))
     contents = ([_content(picture) for picture in chunk] for chunk in chunks)
-    if processes is None:
-        processes = min(cores(), len(pictures) // WORTH_A_PROCESS, MOST_PROCESSES)
+    processes = _how_many(len(pictures)) if processes is None else processes
     if processes < 2:
         for chunk in contents:
             yield from _look_at_chunk(chunk)
         return
+    with _pool(processes - 1) as pool:
+        yield from _in_order(pool, contents, ahead=4 * (processes - 1))
+
+
+class _Early:
+    """Files in chunks that the processes of a pool take one after the other, and this one from the end."""
+
+    def __init__(self, pool: ProcessPoolExecutor, files: Sequence[str]) -> None:
+        self.chunks = [files[first : first + CHUNK] for first in range(0, len(files), CHUNK)]
+        self.places = {file: divmod(number, CHUNK) for number, file in enumerate(files)}
+        self.theirs = [pool.submit(_look_at_chunk, chunk) for chunk in self.chunks]
+        self.own: dict[int, list[Look]] = {}
+        self.last = len(self.chunks) - 1  # this process has looked no further from the end
+
+    def look(self, file: bytes | str | Look) -> Look:
+        """The look of one of the files; while others have it in hand, this process does some of the rest."""
+        chunk, position = self.places[file]  # type: ignore[index]
+        while chunk not in self.own and not self.theirs[chunk].done() and self._help():
+            pass
+        return (self.own[chunk] if chunk in self.own else self.theirs[chunk].result())[position]
+
+    def _help(self) -> bool:
+        """Does the last chunk that nobody has begun; False where there is none."""
+        while self.last >= 0:
+            number, self.last = self.last, self.last - 1
+            if self.theirs[number].cancel():
+                self.own[number] = _look_at_chunk(self.chunks[number])
+                return True
+        return False
+
+
+@contextmanager
+def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads that are not there
-    with ProcessPoolExecutor(processes - 1, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(processes, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
-            yield from _in_order(pool, contents, ahead=4 * (processes - 1))
+            yield pool
         except BrokenProcessPool as error:
             raise DataError(
                 "a process that decoded pictures was ended from outside, most likely because the memory is full; close "
                 "other programs, then run the same command again."
             ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _how_many(pictures: int) -> int:
+    return min(cores(), pictures // WORTH_A_PROCESS, MOST_PROCESSES)
 
 
 def cores() -> int:

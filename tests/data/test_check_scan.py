@@ -3,12 +3,13 @@
 import random
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sdtune.data.check_scan import Look, look_at, look_at_all
+from sdtune.data.check_scan import Look, look_at, look_at_all, looking
 from sdtune.data.images import open_rgb
 from sdtune.data.sources import Picture
 from sdtune.errors import DataError
@@ -118,3 +119,13 @@ def test_several_processes_answer_as_one(tmp_path):
     one, two = list(look_at_all(pictures, processes=1)), list(look_at_all(pictures, processes=2))
     assert one == two and len(one) == 70
     assert [number for number, look in enumerate(one) if look.fault] == [5] and "row 5" in one[5].fault
+
+
+def test_files_that_are_begun_early_are_looked_at_as_others(tmp_path):
+    files = [tmp_path / f"{number}.png" for number in range(70)]
+    for number, file in enumerate(files):
+        file.write_bytes(encoded(drawing(number, (24, 20)), "PNG") if number != 40 else b"no picture")
+    pictures = [Picture(file.name, (), 1.0, partial(str, file), str(tmp_path)) for file in reversed(files)]
+    stream = Picture("stream", (), 1.0, files[3].read_bytes)
+    with looking([*map(str, files), str(tmp_path / "gone.png")], processes=2) as look:
+        assert list(look([*pictures, stream])) == list(look_at_all([*pictures, stream], processes=1))
