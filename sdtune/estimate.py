@@ -7,7 +7,7 @@ is measured on a convolution, for a moment. It is an estimate: within a factor o
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from sdtune.data.check import Report
 from sdtune.data.check_findings import Finding, about
 from sdtune.data.check_report import megabytes
 from sdtune.data.check_sizes import Frame
+from sdtune.data.dataset import VARIANTS
+from sdtune.data.tags import orders
 from sdtune.families.quantization import BYTES
 from sdtune.local_models import named_models
 from sdtune.models import AutoencoderKL, UNet2DConditionModel
@@ -167,11 +169,12 @@ def estimate(recipe: Recipe, report: Report) -> dict[str, Any]:
     folder, views = recipe.train.cache_dir, (1 + recipe.images.flip) * len(report.good)
     in_memory = latents_bytes(recipe, report.frame) * views if recipe.train.cache and folder is None else 0
     captions = {caption for reading in report.readings for picture in reading.pictures for caption in picture.captions}
+    texts = variants(captions, recipe.images.keep_tags, samples) if recipe.images.tag_shuffle else len(captions)
     return {
         "samples": samples,
         "epochs": round(samples / epoch, 2) if epoch else None,
         "cached_latents_bytes": in_memory,
-        "cache_dir_bytes": stored_bytes(recipe, report.frame, views, len(captions)) if folder else 0,
+        "cache_dir_bytes": stored_bytes(recipe, report.frame, views, texts) if folder else 0,
         "cache_dir_free_bytes": shutil.disk_usage(existing(folder)).free if folder else None,
         "disk_free_bytes": shutil.disk_usage(existing(recipe.output.dir)).free,
         **run_cost(recipe),
@@ -190,14 +193,20 @@ def existing(folder: str) -> Path:
 def stored_bytes(recipe: Recipe, frame: Frame, views: int, captions: int) -> int:
     """Bytes that `train.cache_dir` takes: latents and text embeddings in half precision.
 
-    Text is left out where a text encoder learns, tags are shuffled, or the model is not on this machine.
+    Text is left out where a text encoder learns, or the model is not on this machine.
     """
     latents = views * latents_bytes(recipe, frame) // 2
     config = network_config(recipe)
-    if config is None or recipe.adapter.text_encoder or recipe.images.tag_shuffle:
+    if config is None or recipe.adapter.text_encoder:
         return latents
     tokens = recipe.images.max_tokens // 75 * 77
     return latents + captions * tokens * config.get("cross_attention_dim", 768) * FLOATS // 2
+
+
+def variants(captions: Iterable[str], keep: int, samples: int) -> int:
+    """How many captions a run of so many samples keeps on disk, about, with their tags in other orders."""
+    counts = [orders(caption, keep) for caption in captions]
+    return counts.count(1) + min(sum(count for count in counts if count > 1), samples, VARIANTS)
 
 
 def latents_bytes(recipe: Recipe, frame: Frame) -> int:

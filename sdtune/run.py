@@ -131,7 +131,7 @@ class Run:
             return
         views = list(self.training.views())
         views += [(picture, frame_of(picture, self.height, self.width, self.buckets), False) for picture in measured]
-        captions = [*self.training.captions(), *(picture.captions[0] for picture in measured)]
+        captions = [*self.training.captions(self.recipe.train.steps), *(picture.captions[0] for picture in measured)]
         with self.accelerator.autocast():
             caching.fill_stores(self.stores, known, self.task, views, captions)
         self.family.modules["vae"].to("cpu")  # its work is done but for samples, for which it comes back

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from sdtune import building, caching
 from sdtune.config import Recipe, dump
 from sdtune.config.files import check
-from sdtune.data import filling
+from sdtune.data import dataset, filling
 from sdtune.errors import DataError
-from sdtune.run import Run
+from sdtune.run import Run, command
 from sdtune.tasks import DenoisingTask
 from tests.factories import SIZE, losses, make_photos, make_recipe, weights
 
@@ -62,7 +62,7 @@ def filled(recipe: Recipe) -> tuple[int, int]:
     known = caching.known_views(recipe, stores, sources)
     training = building.make_training_set(recipe, sources, known=known)
     with counted() as counts:
-        caching.fill_stores(stores, known, task, training.views(), training.captions())
+        caching.fill_stores(stores, known, task, training.views(), training.captions(recipe.train.steps))
     return counts["pictures"], counts["captions"]
 
 
@@ -174,10 +174,38 @@ def test_buckets_tags_and_class_pictures(sd: Path, tmp_path: Path) -> None:
             )
         )  # fmt: skip
     assert counts["pictures"] == 5 + 2 * 2  # a class picture has the size of the instance beside it
-    assert counts["captions"] == 1  # the empty one: shuffled tags are encoded as they come
     with counted() as counts:
         run.complete()
-    assert counts["pictures"] == 0 and counts["captions"] > 0
+    assert counts == NOTHING
+
+
+def test_shuffled_tags_are_stored(sd: Path, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["dog, one, two, three, four", "dog, five, six, seven, eight", "dog", "a cat", "dog, nine"]
+    rows = [{"file_name": f"{number}.png", "text": text} for number, text in enumerate(texts)]
+    (mine / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def started(name: str, steps: int) -> tuple[Run, int]:
+        images = {"tag_shuffle": True, "keep_tags": 1}
+        train = {"steps": steps, "batch_size": 2, "cache_dir": str(tmp_path / "cache")}
+        with counted() as counts:
+            run = Run(make_recipe(sd, mine, tmp_path / name, images=images, train=train))
+        return run, counts["captions"]
+
+    run, encoded = started("first", 10)
+    assert encoded == len(run.training.captions(10)) > 3 + 2  # each of two captions in several orders
+    with counted() as counts:
+        run.complete()
+    assert counts == NOTHING
+    assert started("second", 10)[1] == 0
+    run, encoded = started("longer", 20)
+    assert 0 < encoded <= 10 * 2
+    monkeypatch.setattr(dataset, "VARIANTS", 2)
+    assert len(run.training.captions(20)) == 3 + 2  # those of one order, and two of those drawn
+    shutil.rmtree(tmp_path / "cache")
+    run, encoded = started("little", 10)
+    with counted() as counts:
+        run.complete()
+    assert encoded == 3 + 2 and counts["captions"] > 0  # the others as they come
 
 
 # --- exactly what changed is made again -------------------------------------------------------------------------------
@@ -291,6 +319,40 @@ def test_a_stop_loses_nothing_that_was_encoded(
         filled(recipe)
     make_photos(mine, 5)
     assert filled(recipe) == (1, 5)
+
+
+KILLED = """
+import sys, time
+from sdtune.data import atomic, filling
+from sdtune.run import command
+
+def flush(file, plain=atomic.flush):
+    if any(file.parent.glob("*.safetensors")) and file.parent.name.startswith(sys.argv[2]):
+        print("half written", flush=True)
+        time.sleep(600)
+    plain(file)
+
+atomic.flush, filling.MOST, filling.CAPTIONS, filling.SHARD_BYTES = flush, 1, 1, 1
+command(sys.argv[1], [])
+"""
+
+
+@pytest.mark.parametrize(("kind", "left"), [("latents", (4, 5)), ("text", (0, 4))])
+def test_a_run_killed_while_it_fills_goes_on_where_it_was(
+    kind: str, left: tuple[int, int], sd: Path, photos: Path, tmp_path: Path
+) -> None:
+    recipe, file = recipe_of(sd, photos, tmp_path), tmp_path / "recipe.yaml"
+    file.write_text(dump(recipe))
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(file), kind], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stdout.readline() == "half written\n"
+        run.kill()  # kill -9, with one shard there, and the second beside its place
+    assert len(list(tmp_path.glob(f"cache/{kind}-*/*.safetensors"))) == 1
+    assert len(list(tmp_path.glob(f"cache/{kind}-*/.*.part"))) == 1
+    with counted() as counts:
+        assert command(str(file), []) == 0
+    assert (counts["pictures"], counts["captions"]) == left
+    assert len(losses(tmp_path / "run")) == 2
+    assert filled(recipe) == (0, 0)
 
 
 def test_a_picture_that_changes_meanwhile_is_told(sd: Path, mine: Path, tmp_path: Path) -> None:

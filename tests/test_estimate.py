@@ -81,6 +81,12 @@ def test_a_disk_that_is_too_small_is_fatal(
     assert "run folders that do not fit on the disk" in capsys.readouterr().out
 
 
+def test_orders_of_tags_are_counted_as_far_as_a_run_meets_them() -> None:
+    captions = ["dog", "dog, one", "dog, one, two", "dog, one, two, three, four"]
+    assert [estimate.variants(captions, 1, samples) for samples in (3, 1000)] == [2 + 3, 2 + 2 + 24]
+    assert estimate.variants(["dog, " * 9], 0, 10**9) == estimate.VARIANTS
+
+
 def test_bytes_of_the_cache_are_about_those_of_the_folder(
     sd: Path, photos: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
