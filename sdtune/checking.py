@@ -80,11 +80,12 @@ def is_recipe(target: str) -> bool:
 
 def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> tuple[Report, Facts, dict[str, Any]]:
     """A recipe's data sets and models. Raises ConfigError with all its faults."""
-    from sdtune.building import make_buckets, make_source, picture_size, reads_masks
-    from sdtune.estimate import disk_findings, estimate, latents_of, recipe_facts
     from sdtune.libraries import prepare
 
-    prepare()
+    prepare()  # before the next lines import what imports bitsandbytes
+    from sdtune.building import make_buckets, make_source, picture_size, reads_masks
+    from sdtune.estimate import disk_findings, estimate, latents_of, recipe_facts
+
     recipe = load(target, overrides)
     entries = []
     for number, settings in enumerate(recipe.data):
