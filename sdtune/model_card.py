@@ -80,7 +80,7 @@ def model_card(
         packages=["diffusers", "transformers", "accelerate", "peft", *(["sdtune"] if "sdtune" in code else [])],
         code=code,
         facts=[(word, cell(value)) for word, value in facts_of_run],
-        overrides=overrides(recipe),
+        command=" ".join(["sdtune train run.yaml", *overrides(recipe)]),
         licence=licence_text(recipe),
     )
 

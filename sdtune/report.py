@@ -133,7 +133,7 @@ def facts(recipe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[
         ("Model", model.get("base") or f"from scratch ({', '.join(model.get('from_config') or {})})"),
         ("Learns", learns(recipe)),
         ("Steps", f"{train['steps']:,}, each of {batch} {'picture' if batch == 1 else 'pictures'}"),
-        ("Learning rate", f"{optimizer['lr']:g}, {optimizer['schedule']}"),
+        ("Learning rate", f"{rates(optimizer)}, {optimizer['schedule']}"),
         ("Numbers", f"{train['precision']}, seed {train['seed']}"),
     ]
     _, loss = column(rows, "loss")
@@ -147,6 +147,12 @@ def facts(recipe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[
     if len(rate):
         found.append(("Speed", f"{sorted(rate)[len(rate) // 2]:.3g} pictures a second"))
     return found
+
+
+def rates(optimizer: Mapping[str, Any]) -> str:
+    """The learning rate, and those of what has its own."""
+    own = {"text encoder": optimizer.get("text_encoder_lr"), "tokens": optimizer.get("token_lr")}
+    return f"{optimizer['lr']:g}" + "".join(f" ({what} {rate:g})" for what, rate in own.items() if rate is not None)
 
 
 def learns(recipe: Mapping[str, Any]) -> str:

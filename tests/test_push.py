@@ -24,6 +24,7 @@ from sdtune.config.messages import fields_of, section_of
 from sdtune.config.shareable import shareable as made_shareable
 from sdtune.errors import HubError, RunError, UsageError
 from sdtune.hub import push
+from sdtune.model_card import model_card
 from sdtune.run import Run
 from tests.factories import make_photos, make_recipe, make_sd, make_sdxl
 from tests.hub_stand_in import DROP, HubStandIn
@@ -100,6 +101,14 @@ def test_the_card_says_what_the_hub_wants_to_know(hub: HubStandIn, lora: Path) -
     assert all(each["output"]["url"] in hub.files("ann/dog") for each in head["widget"])
     assert "<Gallery />" in card
     assert "| Learning rate | 0.001, constant |" in card
+
+
+def test_the_card_tells_each_rate_and_the_command_that_trains_it() -> None:
+    rates = {"lr": 1e-3, "token_lr": 1e-2}
+    recipe = make_recipe("tiny", "ann/photos", "run", adapter={"tokens": CAT}, optimizer=rates)
+    card = model_card(recipe, "ann/cat")
+    assert "| Learning rate | 0.001 (tokens 0.01), constant |" in card
+    assert "\nsdtune train run.yaml\n" in card
 
 
 def test_nothing_personal_goes_up(hub: HubStandIn, lora: Path, tmp_path: Path, sd: Path) -> None:
