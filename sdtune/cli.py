@@ -36,6 +36,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on one line, last on stdout.")]
 LoraOut = Annotated[Path, typer.Option("--out", metavar="FILE", help="The new .safetensors file.")]
 LoraFormat = Annotated[str, typer.Option("--format", help="diffusers or kohya.")]
+LoraBase = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="What it is for: kohya's format counts the blocks of an SDXL; runs know it."),
+]
 Prompt = Annotated[str | None, typer.Option(help="One caption for all pictures.")]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of the pictures; image by default.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of the captions; text by default.")]
@@ -406,6 +410,7 @@ def lora_merge(
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Then bring it down to this rank.")] = None,
     kind: LoraFormat = "diffusers",
+    base: LoraBase = None,
     debug: Debug = False,
 ) -> None:
     """Write the weighted sum of several LoRA, exact unless a rank is given."""
@@ -417,7 +422,7 @@ def lora_merge(
         numbers = [name for name in files if _is_number(name)]
         places = [name for name in files if name not in numbers]
         given = [*(weights or []), *map(float, numbers)]
-        return merge_command(places, weights=given, rank=rank, out=out, kind=kind)
+        return merge_command(places, weights=given, rank=rank, out=out, kind=kind, base=base)
 
     _end_with(run, debug)
 
@@ -429,6 +434,7 @@ def lora_resize(
     rank: Annotated[int | None, typer.Option(min=1, help="The new rank, at most.")] = None,
     fraction: Annotated[float, typer.Option(min=0.01, max=1, help="Share of each layer's energy to keep.")] = 1.0,
     kind: LoraFormat = "diffusers",
+    base: LoraBase = None,
     debug: Debug = False,
 ) -> None:
     """Write the nearest LoRA of a smaller rank."""
@@ -436,7 +442,7 @@ def lora_resize(
     def run() -> int:
         from sdtune.lora_tools import resize_command
 
-        return resize_command(file, rank=rank, fraction=fraction, out=out, kind=kind)
+        return resize_command(file, rank=rank, fraction=fraction, out=out, kind=kind, base=base)
 
     _end_with(run, debug)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,7 +90,7 @@ class Source:
                 else f"'{self.place}' holds new tokens and no LoRA; take --format diffusers, whose files A1111 and "
                 "ComfyUI read too"
             )
-        base = self.base or self._noted_base()
+        base = self.base or noted_base(self.notes)
         config = unet_config(base) if base else None
         lora = read_lora(self.lora, config)
         shapes = layer_shapes(base) if base else {name: (*layer.size,) for name, layer in lora.layers.items()}
@@ -97,10 +98,11 @@ class Source:
         kept = getattr(torch, dtype) if dtype else None
         return lora, {name: layer.to(kept) if kept else layer for name, layer in lora.layers.items()}, config
 
-    def _noted_base(self) -> str | None:
-        """The base that the run was trained on, where it is a folder or file on this machine."""
-        base = self.notes.get("base")
-        return str(base) if base and Path(resolve_asset(str(base))).exists() else None
+
+def noted_base(notes: Mapping[str, Any]) -> str | None:
+    """The base that a run was trained on, where it is a folder or file on this machine."""
+    base = notes.get("base")
+    return str(base) if base and Path(resolve_asset(str(base))).exists() else None
 
 
 def find_source(place: str, base: str | None = None) -> Source:
@@ -119,9 +121,13 @@ def find_source(place: str, base: str | None = None) -> Source:
     lora = next((file for file in learned if file not in tokens), None)
     if base and not learned:
         raise UsageError(f"--base: '{place}' is a whole model and needs none; leave it out")
-    if base and Path(resolve_asset(base)).exists():
-        base = str(weights_folder(Path(resolve_asset(base))))
-    return Source(str(path) if path.exists() else place, lora, tokens, notes, recipe, base)
+    return Source(str(path) if path.exists() else place, lora, tokens, notes, recipe, base and place_of(base))
+
+
+def place_of(base: str) -> str:
+    """Where the weights of a named base are: of a run its final/; a hub id stays as it is."""
+    path = weights_folder(Path(resolve_asset(base)))
+    return str(path) if path.exists() else base
 
 
 def _learned(path: Path, notes: Mapping[str, Any]) -> list[Path]:
@@ -190,9 +196,46 @@ def export_kohya(source: Source, out: Path, dtype: str | None) -> None:
 
     lora, layers, unet = source.layers(dtype)
     kind = kind_of(unet) if unet else FAMILY_KINDS.get(source.notes.get("family", ""), lora.base)
-    blocks = (unet or unet_config(kind)) if kind == "SDXL" else None
+    beside = token_places(source, out)
+    header = kohya_header(source.notes, source.recipe, kind, out.stem)
     with file_aside(out) as aside:
-        write_kohya(layers, aside, unet=blocks, header=kohya_header(source.notes, source.recipe, kind, out.stem))
+        write_kohya(layers, aside, unet=sdxl_blocks(unet, kind), header=header)
+        for place, file in beside.items():
+            with file_aside(place) as aside_too:
+                write_token(file, aside_too, dtype)
+
+
+def sdxl_blocks(unet: dict[str, Any] | None, kind: str | None) -> dict[str, Any] | None:
+    """config.json with which kohya counts the blocks of an SDXL, the published one if `unet` is not known; else None.
+
+    Args:
+        unet: of the base. kind: of the base, where `unet` does not tell it: SD1, SD2 or SDXL.
+    """
+    kind = kind_of(unet) if unet else kind
+    return (unet or unet_config("SDXL")) if kind == "SDXL" else None
+
+
+def token_places(source: Source, out: Path) -> dict[Path, Path]:
+    """Where kohya's format puts the tokens of a LoRA: files beside it, mine-cat.safetensors, by which A1111 calls them.
+
+    Returns:
+        For each new file the run's own.
+
+    Raises:
+        UsageError: one exists.
+    """
+    if not source.lora:
+        return {}
+    words = [re.sub(r"\W+", "", read_embedding(file)[0]) for file in source.tokens]
+    if len({*words, ""}) <= len(words):  # two are alike, or one has no letter
+        words = [str(number) for number in range(1, len(words) + 1)]
+    places = {
+        out.with_name(f"{out.stem}-{word}.safetensors"): file for word, file in zip(words, source.tokens, strict=True)
+    }
+    for place in places:
+        if place.exists():
+            raise UsageError(f"--out: '{place}', for a new token, exists already; name another file")
+    return places
 
 
 def export_single_file(source: Source, out: Path, dtype: str | None) -> None:
@@ -299,7 +342,15 @@ def command(
         if got not in known:
             raise UsageError(f"{option}: got '{got}', expected one of {', '.join(str(k) for k in known if k)}")
     prepare()
-    export(find_source(place, base), kind, out, dtype)
+    source = find_source(place, base)
+    beside = token_places(source, out) if kind == "kohya" else {}
+    export(source, kind, out, dtype)
+    for file, token in beside.items():
+        print(
+            f"{file}: the embedding of {read_embedding(token)[0]}, for the folder embeddings/; A1111 writes it "
+            f"{file.stem} in prompts, ComfyUI embedding:{file.stem}",
+            file=sys.stderr,
+        )
     size = sum(file.stat().st_size for file in ([out] if out.is_file() else out.rglob("*")) if file.is_file())
     if as_json:
         print(json.dumps({"out": str(out), "format": kind, "bytes": size}))

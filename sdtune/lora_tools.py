@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from sdtune.adapters.lora_files import (
     misfits,
     read_lora,
 )
-from sdtune.adapters.lora_writing import write_diffusers, write_kohya
-from sdtune.config import resolve_asset
+from sdtune.adapters.lora_writing import kohya_names, write_diffusers, write_kohya
 from sdtune.errors import UsageError, WeightsError
-from sdtune.export import file_aside
+from sdtune.export import file_aside, noted_base, place_of, sdxl_blocks
 from sdtune.families.headers import layer_shapes, unet_config
+from sdtune.opening import read_notes
 from sdtune.run_folder import weights_folder
 
 FORMATS = ("diffusers", "kohya")
@@ -43,9 +43,7 @@ def info(place: str | Path, base: str | None = None) -> dict[str, Any]:
         not be loaded, or None) and metadata.
     """
     file = find_lora(weights_folder(Path(place)))
-    if base:
-        path = weights_folder(Path(resolve_asset(base)))
-        base = str(path) if path.exists() else base
+    base = base and place_of(base)
     lora = read_lora(file, unet_config(base) if base else None)
     layers = lora.layers.values()
     facts: dict[str, Any] = {
@@ -110,28 +108,34 @@ def info_command(place: str, *, base: str | None = None, as_json: bool = False) 
     return 1 if facts["refused"] else 0
 
 
-def merge_command(places: Sequence[str], *, weights: Sequence[float], rank: int | None, out: Path, kind: str) -> int:
-    """`sdtune lora merge`: write the weighted sum of LoRA files."""
+def merge_command(
+    places: Sequence[str], *, weights: Sequence[float], rank: int | None, out: Path, kind: str, base: str | None = None
+) -> int:
+    """`sdtune lora merge`: write the weighted sum of LoRA files; `base` as for `read`."""
     weights = weights or [1.0] * len(places)
     if len(weights) != len(places):
         raise UsageError(f"--weights: got {len(weights)} for {len(places)} files; expected one for each")
     check_out(out, kind)
-    layers = merge([plain(read(place), place) for place in places], weights)
+    loras, blocks = read(places, base, kind)
+    layers = merge(loras, weights)
     if rank is not None:
         layers, energy = resize(layers, rank)
         print(f"kept {energy.share:.2%} of the sum at rank {rank}", file=sys.stderr)
-    return write(layers, out, kind)
+    return write(layers, out, kind, blocks)
 
 
-def resize_command(place: str, *, rank: int | None, fraction: float, out: Path, kind: str) -> int:
-    """`sdtune lora resize`: write a LoRA of a smaller rank."""
+def resize_command(
+    place: str, *, rank: int | None, fraction: float, out: Path, kind: str, base: str | None = None
+) -> int:
+    """`sdtune lora resize`: write a LoRA of a smaller rank; `base` as for `read`."""
     if rank is None and fraction >= 1:
         raise UsageError("give the new rank with --rank, or the share that is to be kept with --fraction 0.95")
     check_out(out, kind)
-    layers, energy = resize(plain(read(place), place), rank, fraction)
+    (whole,), blocks = read([place], base, kind)
+    layers, energy = resize(whole, rank, fraction)
     ranks = [layer.rank or 0 for layer in layers.values()]
     print(f"kept {energy.share:.2%}, ranks {min(ranks)} to {max(ranks)}", file=sys.stderr)
-    return write(layers, out, kind)
+    return write(layers, out, kind, blocks)
 
 
 def extract_command(base: str, tuned: str, *, rank: int, out: Path, kind: str) -> int:
@@ -142,14 +146,36 @@ def extract_command(base: str, tuned: str, *, rank: int, out: Path, kind: str) -
     check_out(out, kind)
     prepare()
     first, second = (open_model(model, device=torch.device("cpu")) for model in (base, tuned))
+    blocks = sdxl_blocks(dict(first.modules["unet"].config), None)
     layers, energy = extract(first.modules, second.modules, rank)
     print(f"kept {energy.share:.2%} of the difference, in {len(layers)} layers of rank {rank}", file=sys.stderr)
-    return write(layers, out, kind)
+    return write(layers, out, kind, blocks)
 
 
-def read(place: str) -> LoraFile:
-    """The LoRA of a file, folder or run."""
-    return read_lora(weights_folder(Path(place)))
+def read(places: Sequence[str], base: str | None, kind: str) -> tuple[list[Layers], Mapping[str, Any] | None]:
+    """The LoRA of files, folders or runs, and what `write` needs to write their like.
+
+    Args:
+        base: the model that they are for; None takes the first that a run noted and that is here, else the published.
+        kind: one of `FORMATS`; what it has no name for is refused now, before the work.
+
+    Raises:
+        WeightsError: a file is no LoRA, does not fit `base`, or has layers that kohya has no name for.
+    """
+    known = place_of(base) if base else None
+    if not base and kind == "kohya":
+        noted = (noted_base(read_notes(weights_folder(Path(place)))) for place in places)
+        known = next(filter(None, noted), None)
+    unet = unet_config(known) if known else None
+    files = [read_lora(weights_folder(Path(place)), unet) for place in places]
+    loras = [plain(*pair) for pair in zip(files, places, strict=True)]
+    if base and known:
+        for file, place in zip(files, places, strict=True):
+            check_fit(file, layer_shapes(known), place)
+    blocks = sdxl_blocks(unet, next((file.base for file in files if file.base), None))
+    if kind == "kohya":
+        kohya_names((name for layers in loras for name in layers), blocks)
+    return loras, blocks
 
 
 def plain(lora: LoraFile, place: str) -> Layers:
@@ -172,13 +198,11 @@ def check_out(out: Path, kind: str) -> None:
         raise UsageError(f"--out: '{out}' exists already and is not overwritten; name another file")
 
 
-def write(layers: Layers, out: Path, kind: str) -> int:
-    """Write a LoRA in one of `FORMATS`."""
+def write(layers: Layers, out: Path, kind: str, blocks: Mapping[str, Any] | None) -> int:
+    """Write a LoRA in one of `FORMATS`; `blocks` of an SDXL, see `sdxl_blocks`."""
     with file_aside(out) as aside:
         if kind == "kohya":
-            lora = LoraFile(layers, {}, [], kind)
-            unet = unet_config("SDXL") if lora.base == "SDXL" else None
-            write_kohya(layers, aside, unet=unet, header={"ss_output_name": out.stem})
+            write_kohya(layers, aside, unet=blocks, header={"ss_output_name": out.stem})
         else:
             write_diffusers(layers, aside)
     print(f"{out}: {len(layers)} layers", file=sys.stderr)

@@ -10,8 +10,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from sdtune.adapters.lora_arithmetic import extract
 from sdtune.adapters.lora_files import WEIGHTS_NAME
+from sdtune.cli import app
 from sdtune.errors import UsageError, WeightsError
 from sdtune.export import command, export, find_source
 from sdtune.families import single_file
@@ -183,6 +186,7 @@ def test_tokens(with_tokens: dict[str, Path], sd: Path, tmp_path: Path, method: 
         close(answers(stock), answers(merged))
         export(source, "peft", tmp_path / "peft")
         assert sorted(path.name for path in (tmp_path / "peft").iterdir())[-1] == "unet"
+        kohya_with_tokens(with_tokens["pivotal"], sd, tmp_path / "kohya" / "mine.safetensors", expected)
         with pytest.raises(UsageError, match="several files to write.*name a folder"):
             export(source, "diffusers", tmp_path / "a.safetensors")
     else:
@@ -193,6 +197,26 @@ def test_tokens(with_tokens: dict[str, Path], sd: Path, tmp_path: Path, method: 
             export(source, "kohya", tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match="in one file holds no tokenizer"):
         export(source, "single-file", tmp_path / "a.safetensors")
+
+
+def kohya_with_tokens(run: Path, sd: Path, out: Path, expected: torch.Tensor) -> None:
+    """Each token has a file beside the LoRA, and the command says so."""
+    words = ["export", str(run), "--format", "kohya", "--out", str(out)]
+    said = CliRunner().invoke(app, words).stderr
+    assert sorted(file.name for file in out.parent.iterdir()) == [
+        "mine-cat.safetensors",
+        "mine-rug.safetensors",
+        "mine.safetensors",
+    ]
+    assert "mine-rug.safetensors: the embedding of <rug>" in said
+    stock = StableDiffusionPipeline.from_pretrained(sd)
+    stock.load_textual_inversion(out.with_name("mine-cat.safetensors"))
+    close(reads(stock), expected)
+    out.unlink()
+    assert "mine-cat.safetensors', for a new token, exists already" in CliRunner().invoke(app, words).stderr
+    base, tuned = (open_model(str(model), device=CPU).modules for model in (sd, run))
+    with pytest.raises(WeightsError, match="the tuned model has new tokens .3 more.*sdtune export RUN"):
+        extract(base, tuned, 2)
 
 
 def test_half_precision(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -295,6 +295,37 @@ def test_the_commands(sd: Path, tmp_path: Path) -> None:
     assert load_file(got).keys() == load_file(merged).keys()
 
 
+def test_kohyas_names_of_an_sdxl_of_other_blocks(sdxl: Path, tmp_path: Path) -> None:
+    """Refused before the work where nobody says which blocks it has."""
+    plain, tuned = tmp_path / "plain.safetensors", tmp_path / "tuned"
+    name = "unet.down_blocks.0.attentions.0.proj_in"  # the published one has no attention there
+    down = {"down": torch.randn(2, 32), "up": torch.randn(32, 2)}
+    layer = LoraLayer(down)
+    second = LoraLayer({"down": torch.randn(2, 24), "up": torch.randn(24, 2)})
+    layers = {name: layer, "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj": second}
+    write_diffusers(layers, plain)
+    for words in (["resize", plain, "--rank", "2"], ["merge", plain, "--rank", "2"]):
+        out = ["--format", "kohya", "--out", tmp_path / f"{words[0]}.safetensors"]
+        answer = sdtune("lora", *words, *out)
+        assert answer.exit_code == 1 and "with --base MODEL" in answer.stderr and "kept" not in answer.stderr
+        assert "fits this model" in sdtune("lora", *words, *out, "--base", "SD1").stderr
+        assert sdtune("lora", *words, *out, "--base", sdxl).exit_code == 0
+    assert sdtune("export", plain, "--base", sdxl, "--format", "merged", "--out", tuned).exit_code == 0
+    got = tmp_path / "extract.safetensors"
+    words = ["--base", sdxl, "--tuned", tuned, "--rank", "2", "--format", "kohya", "--out", got]
+    assert sdtune("lora", "extract", *words).exit_code == 0
+    run = tmp_path / "run"  # what a run noted
+    run.mkdir()
+    shutil.copyfile(plain, run / "pytorch_lora_weights.safetensors")
+    (run / "sdtune.json").write_text(json.dumps({"base": str(sdxl)}))
+    noted = tmp_path / "noted.safetensors"
+    assert sdtune("lora", "resize", run, "--rank", "2", "--format", "kohya", "--out", noted).exit_code == 0
+    for file in (tmp_path / "resize.safetensors", tmp_path / "merge.safetensors", got, noted):
+        assert any("input_blocks_1_1_proj_in" in key for key in load_file(file))
+        back = read_lora(file, unet_config(str(sdxl))).layers
+        torch.testing.assert_close(back[name].delta((32, 32)), layer.delta((32, 32)), atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [

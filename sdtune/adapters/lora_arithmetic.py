@@ -161,6 +161,12 @@ def _pairs(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Iterator[tuple[
     for name, network in base.items():
         others = dict(tuned[name].named_parameters())
         for key, parameter in network.named_parameters():
+            more = len(others.get(key, parameter)) - len(parameter) if key.endswith("token_embedding.weight") else 0
+            if more > 0:
+                raise WeightsError(
+                    f"the tuned model has new tokens ({more} more in {name}), for which a LoRA has no place; write "
+                    "what its run learned, LoRA and tokens, with: sdtune export RUN --format diffusers --out FOLDER"
+                )
             if key not in others or others[key].shape != parameter.shape:
                 raise WeightsError(f"the models are of different kinds: {name}.{key} differs in shape or is missing")
             yield parameter, others[key]

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,14 @@ def write_kohya(layers: Layers, file: Path, *, unet: Mapping[str, Any] | None, h
     Args:
         unet: config.json of an SDXL's UNet, whose blocks are counted as in the original code; None for SD 1.x and 2.x.
         header: what is said about training, `ss_...`; rank and alpha are added.
+
+    Raises:
+        WeightsError: see `kohya_names`.
     """
     tensors: dict[str, Tensor] = {}
+    names = kohya_names(layers, unet)
     for name, layer in layers.items():
-        start = kohya_name(name, unet)
+        start = names[name]
         if layer.rank is None:  # a pair of whole factors, which LyCORIS does not scale
             layer = layer.baked()
         tensors |= {f"{start}.{KOHYA_FACTORS.get(part, part)}": tensor for part, tensor in layer.factors.items()}
@@ -95,6 +99,17 @@ def write_kohya(layers: Layers, file: Path, *, unet: Mapping[str, Any] | None, h
         "ss_network_args": json.dumps(_lycoris_args(kinds)),
     }
     _save(tensors, file, {"format": "pt"} | facts | dict(header))
+
+
+def kohya_names(layers: Iterable[str], unet: Mapping[str, Any] | None) -> dict[str, str]:
+    """kohya's name of each layer; `unet` as for `write_kohya`. Raises WeightsError where `unet` has no such layer."""
+    try:
+        return {name: kohya_name(name, unet) for name in layers}
+    except KeyError as fault:
+        raise WeightsError(
+            f"kohya's format counts the blocks of an SDXL's UNet, and {fault} is in none of those that are known; name "
+            "the model that the LoRA is for with --base MODEL, or write --format diffusers"
+        ) from fault
 
 
 def _by_network(layers: Layers) -> dict[str, dict[str, LoraLayer]]:
