@@ -74,6 +74,26 @@ def test_each_value_shown_is_taken(page: str) -> None:
         assert [fault.message for fault in schema.iter_errors(recipe)] == [], f"{key}={value}"
 
 
+@pytest.mark.parametrize("base", ["tiny", "sd15", "sdxl"])
+def test_the_relatives_differ_from_lora_in_the_adapter_alone(base: str) -> None:
+    """As choosing.md says of them, so that results can be compared."""
+
+    def rest(kind: str) -> dict[str, Any]:
+        values = read(find_recipe(f"{kind}_{base}"), kind)
+        return {key: value for key, value in values.items() if key not in ("adapter", "output")}
+
+    assert [kind for kind in ("rslora", "dora", "lokr", "loha") if rest(kind) != rest("lora")] == []
+
+
+def test_each_thing_that_is_learned_is_named_in_its_command() -> None:
+    """No command of choosing.md trains the recipe's own dog on other photographs."""
+    text = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    for name, *words in (shlex.split(command)[2:] for command in re.findall(r"^    (sdtune train .*)$", text, re.M)):
+        for number, source in enumerate(read(find_recipe(name), name)["data"]):
+            if "prompt" in source:
+                assert any(word.startswith(f"data.{number}.prompt=") for word in words), name
+
+
 def test_each_command_of_choosing_is_one_that_loads(workplace: Path) -> None:
     """The recipe exists, and with the settings given it has no fault but a base that is not here."""
     text = (DOCS / "choosing.md").read_text(encoding="utf-8")
