@@ -94,6 +94,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise WeightsError(f"'{path}' cannot be read: {fault}") from fault
 
 
+def read_settings(base: str, subfolder: str | None, name: str, revision: str | None = None) -> dict[str, Any]:
+    """A JSON file of a folder or hub model, or of one of its parts. Raises WeightsError, HubError."""
+    name = f"{subfolder}/{name}" if subfolder else name
+    return read_json(Path(base) / name if Path(base).is_dir() else hub_file(base, name, revision))
+
+
 def open_part(kind: Any, base: str, subfolder: str | None, **options: Any) -> Any:
     """`kind.from_pretrained` with errors in plain words.
 
@@ -122,8 +128,11 @@ def open_part(kind: Any, base: str, subfolder: str | None, **options: Any) -> An
         raise WeightsError(f"'{place}' could not be opened as a {kind.__name__}: {reason}") from fault
 
 
-def open_network(kind: Any, base: str, subfolder: str | None, **options: Any) -> nn.Module:
+def open_network(kind: Any, base: str, subfolder: str | None, *, is_part: bool = False, **options: Any) -> nn.Module:
     """A network with every weight in its place.
+
+    Args:
+        is_part: of a larger model, so that weights may be left over.
 
     Raises:
         WeightsError: a tensor is missing, left over or of another shape, or the files are damaged.
@@ -131,7 +140,7 @@ def open_network(kind: Any, base: str, subfolder: str | None, **options: Any) ->
     network, report = open_part(kind, base, subfolder, output_loading_info=True, dtype=torch.float32, **options)
     missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     extra = [key for key in extra if not key.endswith("position_ids")]  # a buffer that older transformers saved
-    if missing or extra:
+    if missing or (extra and not is_part):
         place = f"{base}/{subfolder}" if subfolder else base
         raise WeightsError(
             f"'{place}' does not fit its config.json: {len(missing)} tensors missing {missing[:3]}, {len(extra)} are "
@@ -155,18 +164,26 @@ def freeze(modules: Mapping[str, nn.Module]) -> None:
         module.requires_grad_(False).eval()
 
 
-def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int, length: int = 77) -> list[list[list[int]]]:
+def tokenize(
+    tokenizer: Any,
+    captions: Sequence[str],
+    max_tokens: int,
+    length: int = 77,
+    around: tuple[str | None, str] = ("bos_token_id", "eos_token_id"),
+) -> list[list[list[int]]]:
     """Token ids of captions, in chunks of what the text encoder reads at once.
 
     Args:
-        tokenizer: a CLIPTokenizer. captions: any texts.
+        tokenizer: of the text encoder. captions: any texts.
         max_tokens: tokens kept of a caption, a multiple of 75; longer captions are cut.
         length: how many tokens the text encoder reads at once, start and end token included.
+        around: what the tokenizer calls the start token (None: there is none) and the end token.
 
     Returns:
         For each caption `max_tokens / 75` chunks of `length` ids, each with its own start and end token.
     """
-    width = length - 2
+    start, end = ([getattr(tokenizer, name)] if name else [] for name in around)
+    width = length - len(start) - len(end)
     chunks = max(1, max_tokens // 75)
     rows = []
     for ids in token_ids(tokenizer, captions):
@@ -174,7 +191,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int, length: i
         for c in range(chunks):
             part = ids[c * width : (c + 1) * width]
             padding = [tokenizer.pad_token_id] * (width - len(part))
-            row.append([tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *padding])
+            row.append([*start, *part, *end, *padding])
         rows.append(row)
     return rows
 

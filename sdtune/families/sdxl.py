@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sdtune.families import fingerprints
+from sdtune.families import fingerprints, text_encoders
 from sdtune.families.base import Conditioning
 from sdtune.families.inpainting import with_channels
-from sdtune.families.stable_diffusion import StableDiffusion, last_layers
+from sdtune.families.stable_diffusion import StableDiffusion
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -23,6 +23,7 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     text_encoders = ("text_encoder", "text_encoder_2")
+    text_kinds = {"text_encoder": ("CLIPTextModel",), "text_encoder_2": ("CLIPTextModelWithProjection",)}
     parts = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
     pipeline_names = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
 
@@ -40,15 +41,6 @@ class StableDiffusionXL(StableDiffusion):
         family.zero_empty = index.get("force_zeros_for_empty_prompt", True)
         return family
 
-    @classmethod
-    def network_class(cls, part: str) -> Any:
-        """The second text encoder has a projection."""
-        if part == "text_encoder_2":
-            from transformers import CLIPTextModelWithProjection
-
-            return CLIPTextModelWithProjection
-        return super().network_class(part)
-
     def latent_scale(self) -> tuple[Tensor | float, Tensor | float]:
         """See `StableDiffusion.latent_scale`; some VAEs have a mean and deviation for each channel."""
         vae = self.modules["vae"]
@@ -62,12 +54,8 @@ class StableDiffusionXL(StableDiffusion):
     def unread(self, name: str) -> tuple[str, ...]:
         """See `Family.unread`: of the first text encoder the last layer. (Of the second all is pooled.)"""
         if name == "text_encoder":
-            return (*last_layers(self.modules[name], 1 + self.clip_skip), "final_layer_norm.")
+            return (*text_encoders.unread(self.modules[name], 1 + self.clip_skip), "final_layer_norm.")
         return () if name == "text_encoder_2" else super().unread(name)
-
-    def text_width(self, text: Any) -> int:
-        """The two encoders' embeddings stand side by side."""
-        return text.hidden_size + self.modules["text_encoder_2"].config.hidden_size
 
     def hidden(self, network: Any, answer: Any) -> Tensor:
         """The layer before the last (and `clip_skip` more before it), not normalised: (B, 77, D)."""

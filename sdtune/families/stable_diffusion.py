@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,18 +10,17 @@ from torch import Tensor, nn
 
 from sdtune.diffusion.schedule import NoiseSchedule
 from sdtune.errors import UsageError, WeightsError
-from sdtune.families import fingerprints, single_file
+from sdtune.families import fingerprints, single_file, text_encoders
 from sdtune.families.base import Conditioning
 from sdtune.families.inpainting import masked_channels, with_channels
 from sdtune.families.loading import (
     freeze,
-    hub_file,
     make_network,
     open_network,
     open_part,
     read_index,
     read_json,
-    tokenize,
+    read_settings,
     vae_subfolder,
 )
 from sdtune.families.saving import save_network
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 class StableDiffusion:
-    """Family `stable-diffusion`: one CLIP text encoder, a UNet over the latents of a VAE.
+    """Family `stable-diffusion`: one text encoder, usually CLIP's, and a UNet over the latents of a VAE.
 
     Args:
         modules: networks by folder name: unet, vae, text_encoder; a VAE alone is enough for autoencoding.
-        tokenizer: CLIPTokenizer, or None without a text encoder.
+        tokenizer: that of the text encoder, or None without one.
         scheduler: scheduler_config.json as a dict; None without a UNet.
         clip_skip: how many of the text encoder's last layers are left out.
         max_tokens: 75, 150 or 225: longer captions are encoded in chunks up to this length.
@@ -43,6 +43,7 @@ class StableDiffusion:
 
     denoiser = "unet"
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    text_kinds: Mapping[str, tuple[str, ...]] = {"text_encoder": ("CLIPTextModel", "BertModel", "T5EncoderModel")}
     parts: tuple[str, ...] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     pipeline_names: tuple[str, ...] = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 
@@ -109,7 +110,8 @@ class StableDiffusion:
             seed: the weights are a pure function of it.
         """
         opened: dict[str, Any] = {}
-        for part, value in sorted(config.items(), key=lambda item: "tokenizer" not in item[0]):  # tokenizers first
+        first = ("tokenizer", "text_encoder")  # a text encoder asks for its vocabulary, a UNet for the text's width
+        for part, value in sorted(config.items(), key=lambda item: [name not in item[0] for name in first]):
             if isinstance(value, str):
                 opened[part] = cls.open(part, value, part if (Path(value) / part).is_dir() else None)
             elif part == "scheduler":
@@ -125,6 +127,8 @@ class StableDiffusion:
         """The family from its opened parts and model_index.json; checks that they fit together."""
         modules = {name: part for name, part in opened.items() if isinstance(part, nn.Module)}
         family = cls(modules, opened.get("tokenizer"), opened.get("scheduler"), clip_skip, max_tokens)
+        if {"text_encoder", "tokenizer"} <= opened.keys():
+            text_encoders.fit(opened["text_encoder"], opened["tokenizer"])
         if {"unet", "text_encoder"} <= modules.keys():
             family.check_widths()
         return family
@@ -133,14 +137,17 @@ class StableDiffusion:
     def open(cls, part: str, base: str, subfolder: str | None, **options: Any) -> Any:
         """One part of a pipeline folder: a network, tokenizer or the scheduler's configuration."""
         if part.startswith("tokenizer"):
-            from transformers import CLIPTokenizer
+            from transformers import AutoTokenizer
 
             options.pop("variant", None)
-            return open_part(CLIPTokenizer, base, subfolder, **options)
+            return open_part(AutoTokenizer, base, subfolder, **options)
         if part == "scheduler":
-            name = f"{subfolder}/scheduler_config.json" if subfolder else "scheduler_config.json"
-            local = Path(base).is_dir()
-            return read_json(Path(base) / name if local else hub_file(base, name, options.get("revision")))
+            return read_settings(base, subfolder, "scheduler_config.json", options.get("revision"))
+        if part in cls.text_kinds:
+            config = read_settings(base, subfolder, "config.json", options.get("revision"))
+            kind = cls.network_class(part, config)
+            is_part = kind.__name__ not in config.get("architectures", [kind.__name__])  # of a CLIPModel, for instance
+            return open_network(kind, base, subfolder, is_part=is_part, **options)
         return open_network(cls.network_class(part), base, subfolder, **options)
 
     @classmethod
@@ -158,23 +165,28 @@ class StableDiffusion:
         """config.json of one part of a base: of a folder, hub id or single file."""
         if Path(base).is_file():
             return read_json(single_file.find_layout(Path(base), allow_pickle) / part / "config.json")
-        name = f"{part}/config.json"
-        return read_json(Path(base) / name if Path(base).is_dir() else hub_file(base, name, revision))
+        return read_settings(base, part, "config.json", revision)
 
     @classmethod
     def make(cls, part: str, config: dict[str, Any], seed: int, opened: Mapping[str, Any]) -> nn.Module:
-        """One network from its configuration; a text encoder takes its vocabulary from the tokenizer."""
-        kind = cls.network_class(part)
-        if part.startswith("text_encoder"):
+        """One network from its configuration; a text encoder takes its vocabulary from the tokenizer.
+
+        A UNet whose cross_attention_dim is not the width of the text gets a linear layer between the two.
+        """
+        kind = cls.network_class(part, config)
+        if part in cls.text_kinds:
+            config.pop("_class_name", None)
             tokenizer = opened[part.replace("text_encoder", "tokenizer")]
             special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             special |= {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
             config = {"config": kind.config_class(**special | config)}
+        elif part == "unet" and (width := cls.text_width(opened)) != config.get("cross_attention_dim", width):
+            config = {"encoder_hid_dim": width, "encoder_hid_dim_type": "text_proj"} | config
         return make_network(kind, config, seed, part)
 
     @classmethod
-    def network_class(cls, part: str) -> Any:
-        """The class of a part."""
+    def network_class(cls, part: str, config: Mapping[str, Any] = MappingProxyType({})) -> Any:
+        """The class of a part; that of a text encoder follows from its configuration."""
         if part == "unet":
             from sdtune.models import UNet2DConditionModel
 
@@ -183,22 +195,20 @@ class StableDiffusion:
             from sdtune.models import AutoencoderKL
 
             return AutoencoderKL
-        from transformers import CLIPTextModel
-
-        return CLIPTextModel
+        return text_encoders.network_class(config, cls.text_kinds[part], part)
 
     def check_widths(self) -> None:
         """The text encoder, UNet and VAE agree in width. Raises WeightsError, or UsageError for clip skip."""
         unet, text, vae = (self.modules[name].config for name in ("unet", "text_encoder", "vae"))
+        reads, given = unet.encoder_hid_dim or unet.cross_attention_dim, self.text_width(self.modules)
         if self.clip_skip >= text.num_hidden_layers:
             raise UsageError(
                 f"model.clip_skip: got {self.clip_skip}, but the text encoder has {text.num_hidden_layers} layers; "
                 "expected less, 1 is usual"
             )
-        if unet.cross_attention_dim != self.text_width(text):
+        if reads != given:
             raise WeightsError(
-                f"the UNet reads text of width {unet.cross_attention_dim}, the text encoder gives "
-                f"{self.text_width(text)}; take both from the same model"
+                f"the UNet reads text of width {reads}, the text encoder gives {given}; take both from the same model"
             )
         if unet.out_channels != vae.latent_channels or not (self.inpaints or unet.in_channels == unet.out_channels):
             raise WeightsError(
@@ -207,9 +217,10 @@ class StableDiffusion:
                 f"{masked_channels(vae.latent_channels)})"
             )
 
-    def text_width(self, text: Any) -> int:
-        """Width of the token embeddings that the UNet is given."""
-        return text.hidden_size
+    @classmethod
+    def text_width(cls, modules: Mapping[str, Any]) -> int:
+        """Width of the token embeddings that the UNet is given: of all text encoders, side by side."""
+        return sum(modules[name].config.hidden_size for name in cls.text_encoders)
 
     @property
     def inpaints(self) -> bool:
@@ -241,7 +252,7 @@ class StableDiffusion:
     def unread(self, name: str) -> tuple[str, ...]:
         """See `Family.unread`: the layers that clip skip leaves out, and the input of distilled UNets for guidance."""
         if name in self.text_encoders:
-            return last_layers(self.modules[name], self.clip_skip)
+            return text_encoders.unread(self.modules[name], self.clip_skip)
         return ("time_embedding.cond_proj.",)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -275,19 +286,12 @@ class StableDiffusion:
     def embed(self, encoder: str, tokenizer: str, captions: Sequence[str]) -> tuple[Tensor, Any]:
         """Token embeddings (B, L, D) of one text encoder, and its whole answer for the first chunk."""
         network = self.modules[encoder]
-        length = network.config.max_position_embeddings
-        ids = torch.tensor(
-            tokenize(self.tokenizers[tokenizer], captions, self.max_tokens, length), device=network.device
-        )
-        answers = [network(chunk, output_hidden_states=True) for chunk in ids.unbind(1)]  # ids (B, chunks, 77)
+        answers = text_encoders.read_text(network, self.tokenizers[tokenizer], captions, self.max_tokens)
         return torch.cat([self.hidden(network, answer) for answer in answers], dim=1), answers[0]
 
     def hidden(self, network: Any, answer: Any) -> Tensor:
         """The layer that the UNet reads, (B, 77, D): the last, or `clip_skip` before it, normalised as the last is."""
-        if not self.clip_skip:
-            return answer.last_hidden_state
-        norm = getattr(network, "text_model", network).final_layer_norm
-        return norm(answer.hidden_states[-1 - self.clip_skip])
+        return text_encoders.hidden_layer(network, answer, self.clip_skip)
 
     def latents_fingerprint(self) -> str:
         """See `Family.latents_fingerprint`. A VAE of which only the decoder was trained on has the same."""
@@ -352,9 +356,3 @@ class StableDiffusion:
         self.sampler().save_pretrained(folder / "scheduler")
         pipeline: Any = self.pipeline()
         pipeline.save_config(folder)  # model_index.json
-
-
-def last_layers(text_encoder: Any, count: int) -> tuple[str, ...]:
-    """Parts of the parameter names of a text encoder's last layers."""
-    layers = text_encoder.config.num_hidden_layers
-    return tuple(f"encoder.layers.{i}." for i in range(layers - count, layers))

@@ -81,8 +81,8 @@ class UNet2DConditionModel(StockModel):
         cross_attention_dim: int | tuple[int, ...] = 1280,
         transformer_layers_per_block: int | tuple[int, ...] = 1,
         reverse_transformer_layers_per_block: None = None,
-        encoder_hid_dim: None = None,
-        encoder_hid_dim_type: None = None,
+        encoder_hid_dim: int | None = None,
+        encoder_hid_dim_type: str | None = None,
         attention_head_dim: int | tuple[int, ...] = 8,
         num_attention_heads: None = None,
         dual_cross_attention: bool = False,
@@ -117,6 +117,9 @@ class UNet2DConditionModel(StockModel):
         if addition_embed_type == "text_time":
             assert projection_class_embeddings_input_dim is not None  # `misfits` has seen to that
             self.add_embedding = TimestepEmbedding(projection_class_embeddings_input_dim, temb_channels)
+
+        if encoder_hid_dim is not None:
+            self.encoder_hid_proj = nn.Linear(encoder_hid_dim, cross_attention_dim)  # type: ignore[arg-type]
 
         levels = levels_of(self.config, temb_channels)
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
@@ -165,7 +168,8 @@ class UNet2DConditionModel(StockModel):
         Args:
             sample: noisy latents x_t, (B, in_channels, H, W), any H and W.
             timestep: t, one number for all or one a sample, (B,).
-            encoder_hidden_states: tokens of the text, (B, M, cross_attention_dim).
+            encoder_hidden_states: tokens of the text, (B, M, cross_attention_dim), or (B, M, encoder_hid_dim) where the
+                network adapts their width itself.
             timestep_cond: guidance embedding, (B, time_cond_proj_dim), of models distilled for it (LCM).
             attention_mask: 1 for the pixels that may be attended to, 0 for the others, (B, H * W). Only for models
                 whose attention is all at one resolution.
@@ -190,6 +194,8 @@ class UNet2DConditionModel(StockModel):
             **{f"cross_attention_kwargs[{key!r}]": value for key, value in (cross_attention_kwargs or {}).items()},
         )
         emb = self.embed(sample, timestep, timestep_cond, added_cond_kwargs)
+        if encoder_hidden_states is not None and self.config["encoder_hid_dim"] is not None:
+            encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)  # (B, M, cross_attention_dim)
         c = Conditioning(
             F.silu(emb),
             encoder_hidden_states,

@@ -18,8 +18,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mid_block_scale_factor": (1,),
     "act_fn": ("silu", "swish"),
     "reverse_transformer_layers_per_block": (None,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
+    "encoder_hid_dim_type": (None, "text_proj"),
     "num_attention_heads": (None,),
     "dual_cross_attention": (False,),
     "class_embed_type": (None,),
@@ -62,13 +61,18 @@ PER_LEVEL = (
 
 
 def misfits(config: Mapping[str, Any]) -> set[str]:
-    """Keys that do not fit to the others: heads that do not divide the channels, SDXL's sizes without their use."""
+    """Keys that do not fit to the others: heads that do not divide the channels, SDXL's sizes without their use, a
+    width of text that no layer changes."""
     wrong, channels, heads = set(), config["block_out_channels"], config["attention_head_dim"]
+    context = config["cross_attention_dim"]
     counts = [*each(channels), *each(heads)]
     if all(type(n) is int and n > 0 for n in counts):
         pairs = zip(channels, each(heads, len(channels)), strict=False)
         if any(c % n for c, n in pairs):
             wrong.add("attention_head_dim")
+    hid_dim, projected = config["encoder_hid_dim"], config["encoder_hid_dim_type"] is not None
+    if (hid_dim is not None) != projected or (projected and not all(type(n) is int for n in (hid_dim, context))):
+        wrong |= {"encoder_hid_dim", "encoder_hid_dim_type"}
     text_time = config["addition_embed_type"] == "text_time"
     sizes = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
     return wrong | {key for key in sizes if (config[key] is not None) != text_time}
