@@ -16,6 +16,7 @@ from sdtune.errors import WeightsError
 from sdtune.hub_access import unreachable
 
 CLIP = "assets:single_file/sd1/tokenizer"  # that of Stable Diffusion, which comes with sdtune
+BERT_LENGTH = 256  # BERT and T5, which say so or more, are given as many tokens at once as CLIP
 CLIP_LENGTH = 77  # tokens that its text encoder reads, start and end included
 CHUNK = 75
 
@@ -191,9 +192,10 @@ def _open(folder: Path) -> Reader:
         file = folder / "tokenizer.json"
         tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else _from_words(folder)
         tokenizer.no_truncation()
+        around = tokenizer.num_special_tokens_to_add(False)
     except Exception as fault:  # json, OS and tokenizers errors
         raise WeightsError(f"'{folder}' cannot be opened as a tokenizer: {' '.join(str(fault).split())}") from fault
-    return Reader(partial(_lengths, tokenizer), (length if length <= 10_000 else CLIP_LENGTH) - 2, "")
+    return Reader(partial(_lengths, tokenizer), (length if length < BERT_LENGTH else CLIP_LENGTH) - around, "")
 
 
 def _from_words(folder: Path) -> Tokenizer:

@@ -204,7 +204,8 @@ def lengthen(family: Family, prompts: Sequence[str]) -> None:
         for tokenizer in family.tokenizers.values()
         for ids in token_ids(tokenizer, prompts)
     )
-    width = family.modules[family.text_encoders[0]].config.max_position_embeddings - 2  # of a chunk; 75 for CLIP
+    first = next(iter(family.tokenizers.values()))
+    width = first.model_max_length - first.num_special_tokens_to_add()  # of a chunk; 75 for CLIP
     chunks = math.ceil(longest / width)
     if chunks > CHUNKS:
         print(f"a prompt has {longest} tokens; the first {CHUNKS * width} are read", file=sys.stderr)

@@ -224,3 +224,37 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.rglob("*.safetensors"))
     assert files, f"no weights in {folder}"
     return {f"{file.relative_to(folder)}:{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def make_bert(folder: Path, **config: Any) -> Path:
+    """A small random BertModel with its tokenizer, 24 wide, as sentence-transformers lays them out."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    letters = [chr(number) for number in range(33, 127)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), "photo"]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=512)
+    size = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network = BertModel(BertConfig(**size | {"vocab_size": len(tokenizer), "pad_token_id": 0} | config))
+        shake(network)
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_t5(folder: Path, **config: Any) -> Path:
+    """The encoder of a small random T5 with its tokenizer, 16 wide."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    letters = ["▁", *(chr(number) for number in range(33, 127))]
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -2.0) for letter in letters), ("▁photo", -1.0)]
+    tokenizer = T5Tokenizer(vocab=words, extra_ids=0)
+    size = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network = T5EncoderModel(T5Config(**size | {"vocab_size": len(tokenizer)} | config))
+        shake(network)
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

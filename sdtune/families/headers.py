@@ -13,6 +13,7 @@ from sdtune.errors import WeightsError
 from sdtune.families.loading import hub_file, read_json
 from sdtune.families.saving import historical_key
 from sdtune.families.single_file import FIRST, LAYOUTS, find_layout, read_shapes
+from sdtune.families.text_encoders import KINDS, network_class
 from sdtune.hub_access import looks_like_hub_id
 
 Shape = tuple[int, ...]
@@ -113,10 +114,9 @@ def _from_config(part: str, config: Mapping[str, Any]) -> dict[str, Shape]:
 
             network: Any = UNet2DConditionModel.from_config(dict(config))
         else:
-            from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-            kind = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
-            network = kind(CLIPTextConfig.from_dict(dict(config)))
+            known = ("CLIPTextModelWithProjection",) if part == "text_encoder_2" else tuple(KINDS)
+            kind = network_class(config, known, part)
+            network = kind(kind.config_class.from_dict(dict(config)))
     parameters = network.named_parameters()
     return {_name(part, key): tuple(value.shape) for key, value in parameters if key.endswith(".weight")}
 

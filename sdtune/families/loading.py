@@ -154,7 +154,7 @@ def make_network(kind: Any, config: Mapping[str, Any], seed: int, purpose: str) 
     with draws.seeded_globals(seed, f"weights of {purpose}"):
         try:
             return kind(**config)
-        except TypeError as fault:
+        except (TypeError, ValueError) as fault:
             raise WeightsError(f"model.from_config.{purpose}: {fault}") from fault
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from sdtune.families.saving import historical_key
+from sdtune.families.text_encoders import CLIP as CLIP_KIND
+from sdtune.families.text_encoders import kind_of
 
 State = Mapping[str, Tensor]
 
@@ -161,6 +163,8 @@ def original_checkpoint(networks: Mapping[str, Any]) -> dict[str, Tensor]:
     levels = len(networks["vae"].config.block_out_channels)
     if set(states) == {"vae"}:
         return original_vae(states["vae"], levels, prefix="")
+    if kind_of(networks["text_encoder"]) is not CLIP_KIND:
+        raise KeyError(next(iter(states["text_encoder"])))
     tensors = original_unet(states["unet"], networks["unet"].config) | original_vae(states["vae"], levels)
     if "text_encoder_2" in states:
         tensors |= original_clip(states["text_encoder"], CLIP_XL)

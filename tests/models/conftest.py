@@ -118,7 +118,10 @@ UNETS: dict[str, tuple[dict[str, Any], int, tuple[int, int], str]] = {
     "attention differs up and down": (unet_config("x-", up_block_types=[CROSS_UP, UP]), 2, (8, 8), ""),
     "LCM guidance embedding": (unet_config("-x", time_cond_proj_dim=12), 2, (8, 8), ""),
     "text of another width": (
-        unet_config("xx", encoder_hid_dim=24, encoder_hid_dim_type="text_proj", cross_attention_dim=16), 2, (8, 8), "text"
+        unet_config("xx", encoder_hid_dim=24, encoder_hid_dim_type="text_proj", cross_attention_dim=16),
+        2,
+        (8, 8),
+        "text",
     ),
     "norm_eps, asymmetric padding": (unet_config("xx", norm_eps=1e-3, downsample_padding=0), 2, (16, 16), ""),
 }
