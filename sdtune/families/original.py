@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdtune.families.saving import historical_key
-from sdtune.families.text_encoders import CLIP as CLIP_KIND
-from sdtune.families.text_encoders import kind_of
+from sdtune.families.saving import historical_key, is_clip
 
 State = Mapping[str, Tensor]
 
@@ -163,7 +161,7 @@ def original_checkpoint(networks: Mapping[str, Any]) -> dict[str, Tensor]:
     levels = len(networks["vae"].config.block_out_channels)
     if set(states) == {"vae"}:
         return original_vae(states["vae"], levels, prefix="")
-    if kind_of(networks["text_encoder"]) is not CLIP_KIND:
+    if not is_clip(networks["text_encoder"]):
         raise KeyError(next(iter(states["text_encoder"])))
     tensors = original_unet(states["unet"], networks["unet"].config) | original_vae(states["vae"], levels)
     if "text_encoder_2" in states:

@@ -15,10 +15,15 @@ def save_network(network: Any, folder: Path, dtype: str | None = None) -> None:
         dtype: "float16", "bfloat16", "float32", or None for the network's own.
     """
     kept = network if dtype is None else copy.deepcopy(network).to(getattr(torch, dtype))
-    if type(network).__name__.startswith("CLIPText"):
+    if is_clip(network):
         save_text_encoder(kept, folder)
     else:
         kept.save_pretrained(folder)
+
+
+def is_clip(network: Any) -> bool:
+    """Whether a network is one of transformers' CLIP text encoders."""
+    return type(network).__name__.startswith("CLIPText")
 
 
 def save_text_encoder(network: Any, folder: Path) -> None:
