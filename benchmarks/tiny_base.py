@@ -25,13 +25,10 @@ from torch import Tensor
 
 from sdtune.data.metadata import read_rows
 from sdtune.evaluate import load_thumbnails, nearest, share
+from sdtune.families import SAMPLERS
 from sdtune.families.stable_diffusion import StableDiffusion
 from sdtune.sample import draw_pictures
 
-SOLVERS = {
-    "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-}
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 SIZE, CLASSIFIER_SIZE, COLUMNS = 64, 224, 15
 
@@ -136,12 +133,10 @@ def measure_samples(family: StableDiffusion, settings: argparse.Namespace) -> di
     """Draw the things, find what each drawing is nearest to, write the contact sheet."""
     names, truths = load_thumbnails()
     wanted = list(range(len(names)))[: settings.limit]
-    if settings.solver:
-        family.scheduler["_class_name"] = SOLVERS[settings.solver]
     start = time.perf_counter()
     pictures = draw_pictures(
         family, [names[i] for i in wanted], [settings.seed + i for i in wanted], height=SIZE, width=SIZE,
-        steps=settings.steps, guidance=settings.guidance, batch_size=settings.batch_size,
+        steps=settings.steps, guidance=settings.guidance, sampler=settings.sampler, batch_size=settings.batch_size,
     )
     samples = np.stack([np.asarray(picture) for picture in pictures])
     seconds = time.perf_counter() - start
@@ -162,7 +157,7 @@ def measure_samples(family: StableDiffusion, settings: argparse.Namespace) -> di
     settings.out.mkdir(parents=True, exist_ok=True)
     contact_sheet(samples, truths, [names[i] for i in wanted], wrong).save(settings.out / "sheet.png")
     drawn = {"samples": len(wanted), "seconds": round(seconds, 1), "sheet": str(settings.out / "sheet.png")}
-    return result | drawn | {"scheduler": family.scheduler["_class_name"]}
+    return result | drawn | {"sampler": settings.sampler or family.scheduler["_class_name"]}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -193,7 +188,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0, help="thing number i is drawn from seed + i")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--solver", choices=SOLVERS, default=None, help="default: the pipeline's own scheduler")
+    parser.add_argument("--sampler", choices=SAMPLERS, default=None, help="default: the pipeline's own")
     parser.add_argument("--batch-size", type=int, default=32)
     settings = parser.parse_args(arguments)
     if not settings.pipeline.is_dir():

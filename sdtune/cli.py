@@ -16,6 +16,7 @@ import typer
 
 from sdtune import __version__
 from sdtune.errors import SdtuneError, UsageError
+from sdtune.families import SAMPLERS
 
 INTERRUPTED = 130
 
@@ -92,6 +93,9 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count on.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Guidance scale.")] = 7.5,
+    sampler: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"In place of the model's own: {', '.join(SAMPLERS)}.")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     as_json: Json = False,
@@ -110,6 +114,7 @@ def sample(
             seed=seed,
             steps=steps,
             guidance=guidance,
+            sampler=sampler,
             count=count,
             out=out,
             as_json=as_json,

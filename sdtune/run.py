@@ -308,6 +308,7 @@ class Run:
 
             seeds = [settings.seed + i for i in range(len(settings.prompts))]
             options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance}
+            options |= {"sampler": settings.sampler} if settings.sampler else {}
             vae = building.visiting(self.family.modules["vae"], self.accelerator.device)
             with self.averaged(), self.accelerator.autocast(), vae:
                 size: dict[str, Any] = {"height": self.height, "width": self.width}

@@ -20,6 +20,7 @@ from sdtune.errors import RunError, UsageError
 from sdtune.families.base import Conditioning, Family
 from sdtune.families.inpainting import hidden_and_rest
 from sdtune.families.loading import token_ids
+from sdtune.families.schedulers import make_sampler
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,6 +46,7 @@ def draw_pictures(
     steps: int = 25,
     guidance: float = 7.5,
     negative_prompt: str = "",
+    sampler: str | None = None,
     batch_size: int | None = None,
     progress: bool = False,
     shown: tuple[Tensor, Tensor] | None = None,
@@ -57,12 +59,18 @@ def draw_pictures(
         height, width: in pixels, multiples of what the VAE divides by.
         steps: denoising steps. guidance: classifier-free guidance scale; 1 or less is off.
         negative_prompt: what guidance leads away from.
+        sampler: a name of `SAMPLERS`; None is the model's own.
         batch_size: pictures at a time; None chooses by their size.
         progress: show a bar on stderr.
         shown: for inpainting models: a picture for each prompt, uint8, (N, 3, height, width), and masks, (N, 1, height,
             width), white where it is to be painted anew; None hides everything, as for text to image.
+
+    Raises:
+        UsageError: the sampler is not known, or cannot draw what this network predicts.
     """
     pipeline: Any = family.pipeline()
+    if sampler is not None:
+        pipeline.scheduler = make_sampler(family.scheduler, sampler)
     pipeline.set_progress_bar_config(disable=not progress)
     network = family.modules[family.denoiser]
     size = batch_size or max(1, min(16, PIXELS // (height * width)))
@@ -143,6 +151,7 @@ def command(
     seed: int = 0,
     steps: int = 25,
     guidance: float = 7.5,
+    sampler: str | None = None,
     count: int = 1,
     out: str | Path = "samples",
     as_json: bool = False,
@@ -153,6 +162,7 @@ def command(
         model: run folder, its final/ or a checkpoint's weights/, diffusers folder, hub id, or tiny.
         prompts: `count` pictures of each, with the seeds `seed`, `seed` + 1, ...
         lora: LoRA file, or a folder or run that holds one.
+        steps, guidance, sampler: as `draw_pictures` has them.
         out: folder for the pictures; what is there stays.
         as_json: print one JSON object instead of the paths.
 
@@ -172,6 +182,7 @@ def command(
         raise UsageError(
             f"--steps: got {steps}, but this model knows {len(family.schedule)} noise levels; 20 to 50 are usual"
         )
+    make_sampler(family.scheduler, sampler)  # refused here, if at all
     lengthen(family, [*prompts, negative_prompt])
     height, width = family.picture_size()
     wanted = [(prompt, seed + number) for prompt in prompts for number in range(count)]
@@ -184,6 +195,7 @@ def command(
         steps=steps,
         guidance=guidance,
         negative_prompt=negative_prompt,
+        sampler=sampler,
         progress=sys.stderr.isatty(),
     )
     began, rows = time.perf_counter(), []

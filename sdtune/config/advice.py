@@ -91,6 +91,7 @@ WHEN = {
     "validate.samples.seed": "When the noise of one seed hides the effect.",
     "validate.samples.steps": "As you will draw.",
     "validate.samples.guidance": "As you will draw.",
+    "validate.samples.sampler": "As you will draw; dpm-solver++ needs the fewest steps.",
     "validate.samples.every": "When pictures are wanted less often than measurements.",
     "output.dir": "For each run: a run folder is never overwritten.",
     "output.checkpoint_every": "When a run takes longer than you like to lose; and to choose among steps.",

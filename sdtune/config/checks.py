@@ -102,15 +102,22 @@ def _unused(recipe: Recipe) -> Iterator[Fault]:
 def known_names() -> dict[str, list[str]]:
     """The settings that name something of a dict, and what they can name."""
     from sdtune.adapters import ADAPTERS
-    from sdtune.families import FAMILIES
+    from sdtune.families import FAMILIES, SAMPLERS
 
-    return {"model.family": list(FAMILIES), "adapter.kind": list(ADAPTERS)}
+    return {
+        "model.family": list(FAMILIES),
+        "adapter.kind": list(ADAPTERS),
+        "validate.samples.sampler": list(SAMPLERS),
+    }
 
 
 def _names(recipe: Recipe) -> Iterator[Fault]:
     given = {"model.family": recipe.model.family, "adapter.kind": recipe.adapter.kind}
-    for key, known in known_names().items():
-        got = given[key]
+    samples = recipe.validation.samples
+    if samples is not None and samples.sampler is not None:
+        given["validate.samples.sampler"] = samples.sampler
+    for key, got in given.items():
+        known = known_names()[key]
         if got not in known:
             yield key, f"got '{got}', expected one of {', '.join(known)}; {nearest(got, known)}"
 

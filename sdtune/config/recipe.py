@@ -274,6 +274,7 @@ class Samples(Section):
     seed: int = Field(0, ge=0, description="Seed of the first noise.")
     steps: int = Field(25, ge=1, le=1000, description="Sampling steps.")
     guidance: float = Field(7.5, ge=0, description="Guidance scale.")
+    sampler: str | None = Field(None, description="Sampler; null: the model's own.")
     every: int | None = Field(None, ge=1, description="Steps between them; null: validate.every.")
 
 

@@ -44,8 +44,10 @@ def recipe_schema() -> dict[str, Any]:
     schema = {"$schema": DRAFT, "$id": "sdtune.schema.json", **schema, "title": "sdtune recipe"}
     parts = schema["$defs"]
     for key, names in known_names().items():
-        section, name = key.split(".")
-        parts[definition(section)]["properties"][name]["enum"] = names
+        section, _, name = key.rpartition(".")
+        described = parts[definition(section)]["properties"][name]
+        text = described["anyOf"][0] if "anyOf" in described else described  # the other of the two is null
+        text["enum"] = names
     text, a_list = parts[definition("adapter")]["properties"]["targets"]["anyOf"]
     parts[definition("adapter")]["properties"]["targets"]["anyOf"] = [text | {"enum": list(TARGET_PRESETS)}, a_list]
     for name, field in fields_of(Recipe).items():
@@ -57,9 +59,12 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def definition(section: str) -> str:
-    """The name of a section's class, under which the schema defines it."""
-    kind = section_of(fields_of(Recipe)[section].annotation)
-    assert kind is not None
+    """The name of a section's class, under which the schema defines it; `section` may be within another: a.b."""
+    kind: type[Section] = Recipe
+    for name in section.split("."):
+        inner = section_of(fields_of(kind)[name].annotation)
+        assert inner is not None
+        kind = inner  # type: ignore[assignment]
     return kind.__name__
 
 

@@ -1,9 +1,11 @@
-"""Which noise schedule and sampler a model's folder names, when a run changes what its network is asked for."""
+"""How a model's pictures are drawn: by its own sampler, by another, or by one for what a run changed of it."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from sdtune.errors import UsageError
+from sdtune.families import SAMPLERS
 
 # What a model samples with that has no sampler of its own: from scratch, or trained as its base's sampler cannot.
 SAMPLER = {
@@ -13,6 +15,61 @@ SAMPLER = {
     "steps_offset": 1,  # not read under trailing spacing, but pipelines warn of any other value
     "timestep_spacing": "trailing",
 }
+
+
+def make_sampler(scheduler: Mapping[str, Any], name: str | None = None) -> Any:
+    """The scheduler of diffusers with which a model's pictures are drawn.
+
+    Args:
+        scheduler: scheduler_config.json of the model; its betas and what its network predicts are kept.
+        name: of SAMPLERS; None is the model's own.
+
+    Raises:
+        UsageError: a name that is not known, or a sampler that cannot draw what this network predicts.
+    """
+    if name is not None and name not in SAMPLERS:
+        raise UsageError(f"the sampler '{name}' is not known; expected one of {', '.join(SAMPLERS)}")
+    config = {"clip_sample": False} | dict(scheduler) | SAMPLERS.get(name or "", {})
+    if name is not None and not can_draw(config):
+        fitting = [other for other in SAMPLERS if can_draw(config | SAMPLERS[other])]
+        ending = " and whose noisiest latents are nothing but noise" if ends_in_noise(config) else ""
+        raise UsageError(
+            f"the sampler '{name}' cannot draw with this model, which predicts "
+            f"{config.get('prediction_type', 'epsilon')}{ending}; expected one of {', '.join(fitting)}"
+        )
+    return scheduler_class(config).from_config(config)
+
+
+def scheduler_class(config: Mapping[str, Any]) -> Any:
+    """The class that a scheduler_config.json names."""
+    import diffusers
+
+    return getattr(diffusers, config["_class_name"])
+
+
+def ends_in_noise(config: Mapping[str, Any]) -> bool:
+    """Whether next to nothing is left of the picture at the last timestep; of Stable Diffusion 1.5 it is 1 in 200."""
+    from sdtune.diffusion.schedule import NoiseSchedule
+
+    return NoiseSchedule.from_config(config).alpha_bar[-1].item() < 1e-4
+
+
+def can_draw(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler takes what the network predicts, tried in one step, and where its schedule ends."""
+    import torch
+
+    kind = scheduler_class(config)
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
+        return False
+    if kind.__name__ == "HeunDiscreteScheduler" and ends_in_noise(config):
+        return False  # it multiplies what two answers differ by with sigma_0 / (2 sigma_1), here some thousand
+    scheduler, x_t = kind.from_config(config), torch.zeros(1, 1, 8, 8)
+    scheduler.set_timesteps(2)
+    try:
+        scheduler.step(x_t, scheduler.timesteps[0], x_t)
+    except (NotImplementedError, ValueError):  # what they raise for a prediction_type that they do not know
+        return False
+    return True
 
 
 def adjusted(scheduler: Mapping[str, Any], prediction: str = "auto", zero_terminal_snr: bool = False) -> dict[str, Any]:

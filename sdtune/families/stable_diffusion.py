@@ -24,7 +24,7 @@ from sdtune.families.loading import (
     vae_subfolder,
 )
 from sdtune.families.saving import save_network
-from sdtune.families.schedulers import SAMPLER
+from sdtune.families.schedulers import SAMPLER, scheduler_class
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -336,9 +336,7 @@ class StableDiffusion:
 
     def sampler(self) -> Any:
         """The scheduler that the model's folder names."""
-        import diffusers
-
-        return getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler)
+        return scheduler_class(self.scheduler).from_config(self.scheduler)
 
     def save(self, folder: Path, dtype: str | None = None) -> None:
         """Write a folder that stock diffusers opens: a pipeline, or of a VAE alone the VAE.

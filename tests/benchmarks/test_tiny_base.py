@@ -129,7 +129,7 @@ def test_the_whole_benchmark_runs_and_ends_with_one_json_line(benchmark, random_
     names, truths = evaluate.load_thumbnails()
     monkeypatch.setattr(benchmark, "load_thumbnails", lambda: (names[:8], truths[:8]))
     command = ["--pipeline", str(random_model / "model"), "--data", str(random_model / "data"), "--limit", "3"]
-    command += ["--steps", "2", "--out", str(tmp_path), "--solver", "dpm++"]
+    command += ["--steps", "2", "--out", str(tmp_path), "--sampler", "dpm-solver++"]
     result = benchmark.main(command)
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == result
@@ -137,7 +137,7 @@ def test_the_whole_benchmark_runs_and_ends_with_one_json_line(benchmark, random_
     assert result["samples"] == 3
     assert result["vae_pictures"] == 2
     assert 0 <= result["nearest_pixels"] <= 1
-    assert result["scheduler"] == "DPMSolverMultistepScheduler"
+    assert result["sampler"] == "dpm-solver++"
     assert Image.open(tmp_path / "sheet.png").width == 15 * 134
 
 
