@@ -74,6 +74,11 @@ def test_all_faults_are_told_at_once(workplace: Path) -> None:
     assert len(found) == 12
 
 
+@pytest.mark.parametrize("fault", ["optimizer.lr=fast", "optimizer.name=adam", "optimizer.lr=null"])
+def test_a_default_that_follows_from_a_faulty_setting_is_no_fault(bare: Path, fault: str) -> None:
+    assert faults(bare, fault).keys() == {fault.partition("=")[0]}
+
+
 def test_the_message_reads_as_in_the_style_page(bare: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(bare, ["train.steps=-5", "adapter.rnk=3"])

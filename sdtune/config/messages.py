@@ -16,6 +16,8 @@ def faults_of(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
     """(dotted key, what is wrong) for each fault, one a key, in the order of the recipe."""
     faults: dict[str, str] = {}
     for fault in error.errors(include_url=False):
+        if fault["type"] == "default_factory_not_called":  # a default that follows from a setting that is told of
+            continue
         path, field = locate(model, fault["loc"])
         key = ".".join(map(str, path))
         faults.setdefault(key, explain(fault, model, path, field))
