@@ -25,6 +25,22 @@ def test_learning_numbers_are_those_of_the_run(sd: Path, photos: Path, tmp_path:
     assert building.make_adapter(recipe).numbers(network) == sum(p.numel() for p in run.parameters.values())
 
 
+@pytest.mark.parametrize("family", ["stable-diffusion", "sdxl"])
+@pytest.mark.parametrize("kind", ["textual-inversion", "lora"])
+def test_learning_numbers_of_tokens(
+    sd: Path, sdxl: Path, photos: Path, tmp_path: Path, family: str, kind: str, capsys: Any
+) -> None:
+    tokens = [{"token": "<a>", "vectors": 3}, {"token": "<b>"}]
+    recipe = make_recipe(
+        sdxl if family == "sdxl" else sd, photos, tmp_path / "run", adapter={"kind": kind, "tokens": tokens},
+        model={"family": family}, data=[{"path": str(photos), "prompt": "<a> <b>"}],
+    )  # fmt: skip
+    network = estimate.make_empty(recipe, estimate.network_config(recipe) or {})
+    learn = sum(p.numel() for p in Run(recipe).parameters.values())
+    assert building.make_adapter(recipe).numbers(network) == learn > 0
+    assert estimate.run_cost(recipe)["disk_written_bytes"] == 4 * learn
+
+
 @pytest.mark.parametrize("adapter", [{"kind": "lora", "targets": "all"}, FULL], ids=["lora", "full"])
 def test_bytes_written_are_about_those_of_the_run(sd: Path, photos: Path, tmp_path: Path, adapter: Any) -> None:
     recipe = make_recipe(

@@ -82,8 +82,9 @@ class TextualInversion:
         return found
 
     def numbers(self, network: nn.Module) -> int:
-        """See `Adapter.numbers`."""
-        return 0
+        """See `Adapter.numbers`. The denoiser reads all text encoders side by side: so wide are their embeddings."""
+        width: int = network.config.cross_attention_dim  # type: ignore[union-attr,assignment]
+        return width * sum(token.vectors for token in self.tokens)
 
     def save(self, family: Family, folder: Path) -> None:
         """Write a file for each token, as other tools read it."""
