@@ -13,6 +13,7 @@ from torch import nn
 
 from sdtune import building, caching, checkpoint, distributed
 from sdtune.config import DataSource, Recipe, dump, load
+from sdtune.config.checks import doubtful
 from sdtune.config.memory_checks import needs_bitsandbytes
 from sdtune.data.batches import batches
 from sdtune.data.buckets import Bucket, bucket_table, table_lines
@@ -382,6 +383,9 @@ def command(recipe: str, overrides: list[str], resume: bool = False, as_json: bo
     from sdtune.progress import show_progress
 
     settings = load(recipe, overrides)
+    if distributed.is_main():
+        for key, what in doubtful(settings):
+            print(f"warning: {key} {what}", file=sys.stderr)
     prepare_libraries(eight_bits=needs_bitsandbytes(settings))
     run = Run(settings, resume=resume)
     info = show_progress(run)

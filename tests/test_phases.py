@@ -45,9 +45,9 @@ def finished(recipe: Any) -> Run:
         ({"text_encoder_until": 2, "denoiser_from": 2}, ["text", "text", "unet", "unet", "unet"]),
         ({"text_encoder_until": 3, "denoiser_from": 1}, ["text", "both", "both", "unet", "unet"]),
         ({"text_encoder_until": 2}, ["both", "both", "unet", "unet", "unet"]),
-        ({"denoiser_from": 9}, ["text"] * 5),
+        ({"denoiser_from": 4}, ["text"] * 4 + ["both"]),
     ],
-    ids=["one after the other", "overlapping", "the text stops", "the text alone"],
+    ids=["one after the other", "overlapping", "the text stops", "the denoiser begins"],
 )
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_in_each_step_learns_whose_turn_it_is(
@@ -73,7 +73,7 @@ def test_in_each_step_learns_whose_turn_it_is(
 
 def test_clipping_sees_only_what_learns(sd: Path, photos: Path, tmp_path: Path) -> None:
     """The norm of a phase is that of a run in which nothing else learns."""
-    common: dict[str, Any] = {"train": {"steps": 1}, "optimizer": {"clip": 1e-3}}
+    common: dict[str, Any] = {"train": {"steps": 3}, "optimizer": {"clip": 1e-3}}
     both = next(Run(make_recipe(sd, photos, tmp_path / "0", adapter={"text_encoder": True}, **common)).steps())
     phase = next(Run(make_recipe(sd, photos, tmp_path / "1", adapter=TWO_PHASES, **common)).steps())
     unet = next(Run(make_recipe(sd, photos, tmp_path / "2", **common)).steps())
@@ -164,14 +164,14 @@ def test_the_phases_of_a_recipe(sd: Path, photos: Path, tmp_path: Path) -> None:
     assert phases() == [(0, 1850)]
     assert phases(text_encoder_until=350, denoiser_from=350) == [(0, 350), (350, 1850)]  # as fast-DreamBooth
     assert phases(text_encoder_until=500, denoiser_from=350) == [(0, 350), (350, 500), (500, 1850)]
-    assert phases(text_encoder_until=1850) == phases(denoiser_from=2000) == [(0, 1850)]
+    assert phases(text_encoder_until=1850) == phases(text_encoder_until=2000) == [(0, 1850)]
 
 
 def test_phases_that_cannot_be_are_refused() -> None:
-    def faults(adapter: dict[str, Any], **optimizer: Any) -> str:
+    def faults(adapter: dict[str, Any], steps: int = 9, **optimizer: Any) -> str:
         values: dict[str, Any] = {
             "model": {"base": "tiny"}, "data": [{"path": "assets:demo"}], "optimizer": {"lr": 1e-4} | optimizer,
-            "train": {"steps": 9}, "output": {"dir": "run", "trackers": []}, "adapter": adapter,
+            "train": {"steps": steps}, "output": {"dir": "run", "trackers": []}, "adapter": adapter,
         }  # fmt: skip
         return "; ".join(f"{key}: {what}" for key, what in check(values)[1])
 
@@ -179,4 +179,6 @@ def test_phases_that_cannot_be_are_refused() -> None:
     alone = faults({"text_encoder_until": 3})
     assert "adapter.text_encoder_until: is read with adapter.text_encoder=true only" in alone
     assert "adapter.denoiser_from: prodigy counts the steps of all" in faults(TWO_PHASES, name="prodigy")
-    assert not faults(TWO_PHASES)
+    assert not faults(TWO_PHASES) and not faults(TWO_PHASES, steps=3)
+    never = "adapter.denoiser_from: got 2, but train.steps is 2, so that the denoiser would never learn; expected less"
+    assert faults(TWO_PHASES, steps=2).startswith(never) and ";" not in faults(TWO_PHASES, steps=2).split("steps=4")[1]

@@ -42,6 +42,15 @@ def impossible(recipe: Recipe) -> list[Fault]:
     return [fault for check in checks for fault in check(recipe)]
 
 
+def doubtful(recipe: Recipe) -> list[Fault]:
+    """Settings with which a run trains, but hardly as was meant. Told, not refused: short runs try a recipe out."""
+    steps, warmup = recipe.train.steps, recipe.optimizer.warmup
+    if warmup <= steps:
+        return []
+    what = f"got {warmup} steps, and the run has {steps} (train.steps), so that its learning rate ends at"
+    return [("optimizer.warmup", f"{what} {steps / warmup:.0%} of optimizer.lr; set optimizer.warmup={steps // 10}")]
+
+
 def unused_keys(recipe: Recipe) -> dict[str, str]:
     """Dotted keys that this run would not read, and why. They are refused in a recipe and left out of run.yaml."""
     keys: dict[str, str] = {}
@@ -195,7 +204,11 @@ def _adapter(recipe: Recipe) -> Iterator[Fault]:
 
 def _phases(recipe: Recipe) -> Iterator[Fault]:
     until, begin, optimizer = recipe.adapter.text_encoder_until, recipe.adapter.denoiser_from, recipe.optimizer.name
-    if until is not None and begin is not None and begin > until:
+    steps = recipe.train.steps
+    if begin is not None and begin >= steps:
+        what = f"got {begin}, but train.steps is {steps}, so that the denoiser would never learn"
+        yield "adapter.denoiser_from", f"{what}; expected less than that, or set train.steps={2 * begin}"
+    elif until is not None and begin is not None and begin > until:
         what = f"got {begin}, expected at most {until} (adapter.text_encoder_until)"
         yield "adapter.denoiser_from", f"{what}: between the two nothing would learn"
     if (until or begin) and optimizer in ("prodigy", "schedulefree"):
@@ -216,6 +229,10 @@ def _sources(recipe: Recipe) -> Iterator[Fault]:
     for number, source in enumerate(recipe.data):
         for key, what in _source(source, number):
             yield f"data.{number}.{key}", what
+        other = _same_folder(recipe, source.path, but=source)
+        if source.generate and other is not None:
+            what = f"got '{source.path}', the folder of data.{other}, and class pictures would be drawn into it"
+            yield f"data.{number}.path", f"{what}; name one of its own: data.{number}.path=FOLDER"
     if not any(source.role == "instance" for source in recipe.data):
         yield "data", "no source has role: instance; expected at least one, it is what the run learns"
 
@@ -242,6 +259,13 @@ def _source(source: DataSource, number: int) -> Iterator[Fault]:
         exists = Path(resolve_asset(source.path)).exists()
         what = "is a file, expected a folder, .tar shards or .parquet files" if exists else "does not exist"
         yield "path", f"'{source.path}' {what}; name a folder of pictures and metadata.jsonl: data.{number}.path=FOLDER"
+
+
+def _same_folder(recipe: Recipe, folder: str | None, but: DataSource | None = None) -> int | None:
+    """Number of an entry of `data` that has its pictures in that folder."""
+    paths = [None if each is but or each.path is None else Path(resolve_asset(each.path)) for each in recipe.data]
+    same = [number for number, path in enumerate(paths) if folder and path and path.resolve() == Path(folder).resolve()]
+    return same[0] if same else None
 
 
 def _could_be_data(name: str) -> bool:
@@ -308,6 +332,10 @@ def _cache(recipe: Recipe) -> Iterator[Fault]:
         return
     if not recipe.train.cache:
         yield "train.cache_dir", "got a folder and train.cache: false; remove one of them"
+    number = _same_folder(recipe, recipe.train.cache_dir)
+    if number is not None:
+        what = f"got '{recipe.train.cache_dir}', which holds the pictures of data.{number}; expected one of its own"
+        yield "train.cache_dir", f"{what}: train.cache_dir=FOLDER"
     if recipe.images.crop == "random":
         what = "each sample is cut out anew, so its latents cannot be made before; set images.crop=center or remove it"
         yield "train.cache_dir", what
