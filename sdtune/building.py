@@ -1,5 +1,6 @@
 """From settings to objects: each function reads the part of a recipe that it is named after."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -276,7 +277,14 @@ def make_source(recipe: Recipe, settings: DataSource) -> Source:
         repeats=settings.repeats,
         weight=settings.weight,
         key=f"data.{recipe.data.index(settings)}",
+        without=other_folders(recipe, settings),
     )
+
+
+def other_folders(recipe: Recipe, settings: DataSource) -> list[str]:
+    """Real paths of what is no part of an entry of `data`, though it lie in its folder: pictures of other roles."""
+    others = [each.path for each in recipe.data if each.path is not None and each.role != settings.role]
+    return [os.path.realpath(resolve_asset(path)) for path in (*others, recipe.train.cache_dir) if path is not None]
 
 
 def make_buckets(recipe: Recipe, factor: int) -> Buckets | None:

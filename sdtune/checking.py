@@ -1,13 +1,14 @@
 """`sdtune check`: a data set, or all that a recipe needs, looked at before any training."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sdtune.config import Recipe, load, resolve_asset, shipped_recipes
+from sdtune.config.checks import doubtful
 from sdtune.data.check import Identity, Report, check
 from sdtune.data.check_captions import Reader, holds
 from sdtune.data.check_entries import Entry, data_set_entries
@@ -16,7 +17,7 @@ from sdtune.data.check_reading import Reading
 from sdtune.data.check_report import as_text, as_values
 from sdtune.data.check_sizes import Frame
 from sdtune.data.check_watch import watch
-from sdtune.errors import UsageError
+from sdtune.errors import DataError, UsageError
 from sdtune.local_models import NamedModel, caption_reader, model_findings, named_models
 
 RESOLUTION, MAX_TOKENS = 512, 75  # where no recipe says otherwise
@@ -83,15 +84,22 @@ def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> 
     from sdtune.libraries import prepare
 
     prepare()  # before the next lines import what imports bitsandbytes
-    from sdtune.building import make_buckets, make_source, picture_size, reads_masks
+    from sdtune.building import make_buckets, make_source, other_folders, picture_size, reads_masks
+    from sdtune.class_pictures import look_into_class_folder
     from sdtune.estimate import disk_findings, estimate, latents_of, recipe_facts
 
     recipe = load(target, overrides)
-    entries = []
+    entries, to_draw, refused = [], 0, []
     for number, settings in enumerate(recipe.data):
         path = Path(resolve_asset(settings.path)) if settings.path is not None else None
-        if settings.generate and not (path is not None and path.is_dir()):
-            continue  # the run draws them
+        if settings.generate:
+            try:
+                drawn = look_into_class_folder(recipe, settings)
+                to_draw += len(drawn.missing)
+                if not drawn.is_readable:
+                    continue  # the run draws them
+            except DataError as fault:
+                refused.append(Finding("fatal", "refused", 1, f"data.{number}: training refuses it", str(fault)))
         entries.append(
             Entry(
                 partial(make_source, recipe, settings),
@@ -102,6 +110,7 @@ def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> 
                 settings.text_column,
                 settings.prompt,
                 settings.role,
+                other_folders(recipe, settings),
             )
         )
     trigger = trigger or rare_word(recipe)
@@ -117,9 +126,9 @@ def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> 
         watch=watch,
     )
     models = named_models(recipe)
-    more = [*model_findings(models), *_samples_without(recipe, trigger)]
+    more = [*refused, *_doubtful(recipe), *model_findings(models), *_samples_without(recipe, trigger)]
     report = replace(report, findings=worst_first([*report.findings, *more]))
-    known = estimate(recipe, report)
+    known = estimate(recipe, report, to_draw)
     report = replace(report, findings=worst_first([*report.findings, *disk_findings(known)]))
     facts = [*([_reading_fact(reader())] if text else []), *recipe_facts(recipe, known), _model_fact(models)]
     values = [{"key": each.key, "name": each.name, "here": each.here, "lacks": list(each.lacks)} for each in models]
@@ -148,6 +157,12 @@ def set_aside(recipe: Recipe, readings: Sequence[Reading]) -> set[Identity]:
 
     _, aside = held_out(sources, recipe.validation.fraction, recipe.train.seed)
     return {(picture.origin, picture.name) for picture in aside.pictures}
+
+
+def _doubtful(recipe: Recipe) -> Iterator[Finding]:
+    for key, said in doubtful(recipe):
+        what, _, do = said.rpartition("; ")
+        yield Finding("warning", "settings", 1, f"{key} {what}", do)
 
 
 def _samples_without(recipe: Recipe, trigger: str | None) -> list[Finding]:

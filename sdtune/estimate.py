@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdtune import building
 from sdtune.config import Recipe, resolve_asset
+from sdtune.data.captions import counted
 from sdtune.data.check import Report
 from sdtune.data.check_findings import Finding, about
 from sdtune.data.check_report import megabytes
@@ -160,8 +161,12 @@ def run_cost(recipe: Recipe) -> dict[str, float | int | None]:
 # --- with the data ----------------------------------------------------------------------------------------------------
 
 
-def estimate(recipe: Recipe, report: Report) -> dict[str, Any]:
-    """What is known of the run before it: samples, epochs, time, bytes of cached latents and of disk."""
+def estimate(recipe: Recipe, report: Report, class_pictures: int = 0) -> dict[str, Any]:
+    """What is known of the run before it: samples, epochs, time, bytes of cached latents and of disk.
+
+    Args:
+        report: of its data. class_pictures: how many it will draw.
+    """
     repeats = [each.repeats for each in recipe.data if each.role == "instance"]
     numbers = [len(reading.pictures) for reading in report.readings if reading.entry.role == "instance"]
     samples = recipe.train.steps * recipe.train.batch_size * recipe.train.accumulate
@@ -178,7 +183,7 @@ def estimate(recipe: Recipe, report: Report) -> dict[str, Any]:
         "cache_dir_free_bytes": shutil.disk_usage(existing(folder)).free if folder else None,
         "disk_free_bytes": shutil.disk_usage(existing(recipe.output.dir)).free,
         **run_cost(recipe),
-        "class_pictures_to_draw": sum(each.generate or 0 for each in recipe.data),
+        "class_pictures_to_draw": class_pictures,
     }
 
 
@@ -254,7 +259,7 @@ def recipe_facts(recipe: Recipe, known: Mapping[str, Any]) -> Facts:
         latents = f"about {megabytes(known['cached_latents_bytes'])} of latents in memory, 2.1 GB at most"
         facts.append(("cache", latents))
     if known["class_pictures_to_draw"]:
-        facts.append(("class", f"up to {known['class_pictures_to_draw']} pictures, which the run draws first"))
+        facts.append(("class", f"{counted(known['class_pictures_to_draw'], 'picture')}, which the run draws first"))
     return facts
 
 

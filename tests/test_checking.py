@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from sdtune import checking
 from sdtune.cli import app
 from sdtune.config import load, resolve_asset
-from sdtune.errors import ConfigError, UsageError
+from sdtune.errors import ConfigError, DataError, UsageError
 from sdtune.local_models import CLIP, caption_reader, model_findings, named_models
+from sdtune.run import Run
 from tests.drawings import drawing, encoded
 
 CLIP_WORDS = Path(__file__).parents[2] / "shared/data/clip-tokenizer"
@@ -175,6 +176,16 @@ def test_a_recipe(recipe, capsys, sd):
     assert "the model's own tokenizer" in text
 
 
+def test_a_warmup_that_outlasts_the_run_is_told_of(recipe, capsys):
+    optimizer = {"lr": 1e-4, "warmup": 60}
+    code, values = checked(capsys, recipe(optimizer=optimizer))
+    assert code == 0 and "ends at 50% of optimizer.lr" in kinds(values)["settings"]["what"]
+    assert kinds(values)["settings"]["do"] == "set optimizer.warmup=3"
+    assert "settings" not in kinds(checked(capsys, recipe(optimizer=optimizer), ["train.steps=60"])[1])
+    answer = CliRunner().invoke(app, ["train", recipe(optimizer=optimizer), "train.steps=2"])
+    assert answer.exit_code == 0 and answer.stderr.startswith("warning: optimizer.warmup got 60 steps, and the run has")
+
+
 def test_the_buckets_of_a_recipe(recipe, photos, capsys):
     for number in range(2):
         (photos / f"{number}.jpg").write_bytes(encoded(drawing(number, (80, 160))))
@@ -207,6 +218,70 @@ def test_every_shipped_recipe_of_the_tiny_model(capsys):
         code, values = checked(capsys, name)
         assert code == 0 and values["pictures"] == 16 and not [f for f in values["findings"] if f["level"] == "fatal"]
     assert values["class_pictures_to_draw"] == 96
+
+
+def test_pictures_of_another_role_are_no_part_of_the_folder_around_them(recipe, photos, tmp_path, capsys, monkeypatch):
+    make_photos(photos / "class", range(10, 12))
+    make_photos(photos / "val", range(20, 23))
+    make_photos(photos / "more", range(30, 31))
+    monkeypatch.chdir(photos)
+    data = [
+        {"path": "."},
+        {"path": "class", "role": "class"},
+        {"path": str(photos / "val"), "role": "validation"},
+        {"path": "more"},
+    ]
+    file = recipe(data=data, train={"steps": 1, "cache_dir": "cache"}, output={"dir": "run", "trackers": []})
+    code, values = checked(capsys, file)
+    assert code == 0 and values["pictures"] == 7 + 2 + 3 + 1
+    assert not kinds(values).keys() & {"in training and validation", "unreferenced", "refused"}
+    for _ in range(2):  # what the first run leaves in the folder is no picture of the second
+        run = Run(load(file))
+        assert [len(source.pictures) for source in run.sources] == [7, 2, 1] and len(run.validation.pictures) == 3
+        run.complete()
+        file = recipe(data=data, train={"steps": 1, "cache_dir": "cache"}, output={"dir": "run2", "trackers": []})
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"train": {"steps": 1, "cache_dir": "photos/../photos"}}, "train.cache_dir"),
+        (
+            {"data": [{"path": "photos"}, {"path": "./photos", "role": "class", "prompt": "x", "generate": 9}]},
+            "data.1.path",
+        ),
+    ],
+)
+def test_what_is_made_goes_into_a_folder_of_its_own(recipe, photos, tmp_path, monkeypatch, changes, key):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as fault:
+        checking.command(recipe(**changes))
+    assert [name for name, _ in fault.value.faults] == [key] and f"{key}=FOLDER" in str(fault.value)
+
+
+def test_class_pictures_are_checked_as_training_takes_them(recipe, photos, tmp_path, capsys):
+    drawn = {"path": str(tmp_path / "class"), "role": "class", "prompt": "a dog", "generate": 3}
+    file = recipe(data=[{"path": str(photos)}, drawn | {"drawing": {"steps": 1}}])
+    code, values = checked(capsys, file)
+    assert code == 0 and values["class_pictures_to_draw"] == 3
+    (tmp_path / "class").mkdir()
+    assert checked(capsys, file)[0] == 0
+    Run(load(file))
+    shutil.rmtree(tmp_path / "runs")
+    code, values = checked(capsys, file)
+    assert code == 0 and values["class_pictures_to_draw"] == 0 and values["pictures"] == 9
+    assert checking.command(file) == 0 and "which the run draws" not in capsys.readouterr().out
+    code, values = checked(capsys, file, ["data.1.generate=5"])
+    assert code == 0 and values["class_pictures_to_draw"] == 2 and values["pictures"] == 9
+    (tmp_path / "class" / "class-000001.png").unlink()  # its row stays: it is drawn again
+    code, values = checked(capsys, file)
+    assert code == 0 and values["class_pictures_to_draw"] == 1
+    for change in ("data.1.prompt=a cat", "data.1.drawing.steps=2"):
+        code, values = checked(capsys, file, [change])
+        assert code == 1 and kinds(values)["refused"]["what"] == "data.1: training refuses it"
+        with pytest.raises(DataError) as refusal:
+            Run(load(file, [change]))
+        assert kinds(values)["refused"]["do"] == str(refusal.value)
 
 
 def test_the_trigger_is_what_class_prompts_lack(recipe, photos, tmp_path, capsys):

@@ -147,8 +147,10 @@ def check(
 
 def _files(entries: Sequence[Entry]) -> list[str]:
     """The pictures in the folders of some entries, as their paths."""
-    folders = dict.fromkeys(entry.path for entry in entries if entry.path is not None and entry.path.is_dir())
-    return [str(folder / name) for folder in folders for name in list_files(folder) if is_picture(name)]
+    folders = {entry.path: entry.without for entry in entries if entry.path is not None and entry.path.is_dir()}
+    return [
+        str(folder / name) for folder, some in folders.items() for name in list_files(folder, some) if is_picture(name)
+    ]
 
 
 def _named(reading: Reading, name: str) -> str:

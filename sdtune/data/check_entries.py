@@ -1,6 +1,6 @@
 """What there is to check of a data set: one entry, or one for each of its splits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from glob import has_magic
@@ -21,7 +21,7 @@ class Entry:
         load: what training would call for it.
         label: tells it from the others in a report; "" where it is the only one.
         path: its folder on this machine; None for a data set of the Hub.
-        split, image_column, text_column, prompt, role: as `load_source` takes them.
+        split, image_column, text_column, prompt, role, without: as `load_source` takes them.
     """
 
     load: Callable[[], Source]
@@ -32,6 +32,7 @@ class Entry:
     text_column: str = "text"
     prompt: str | None = None
     role: Role = "instance"
+    without: Collection[str] = ()
 
     @property
     def file_key(self) -> str:

@@ -90,7 +90,7 @@ def read(entry: Entry) -> Reading:
         reading.refusal = str(fault)
         _read_archives(reading)
     if entry.path is not None and entry.path.is_dir():
-        in_split = entry.split in splits_of(entry.path)
+        in_split = entry.split in splits_of(entry.path, entry.without)
         reading.folder = entry.path / entry.split if in_split else entry.path
         _read_folder(reading, loaded=reading.source is not None)
     return reading
@@ -107,7 +107,7 @@ def _read_archives(reading: Reading) -> None:
     """All pictures of shards and parquet files that can be read, with or without captions."""
     entry = reading.entry
     try:
-        files = archives(entry.path, entry.split) if entry.path is not None else []
+        files = archives(entry.path, entry.split, entry.without) if entry.path is not None else []
     except DataError:  # the refusal says it
         return
     for file in files:
@@ -131,7 +131,7 @@ def _in_archive(file: Path, entry: Entry, no_column: list[str]) -> Iterator[Pict
 def _read_folder(reading: Reading, loaded: bool) -> None:
     assert reading.folder is not None
     entry, folder = reading.entry, reading.folder
-    files = list_files(folder)
+    files = list_files(folder, entry.without)
     key = entry.file_key
     others: set[str] = set()  # masks and the like
     for file in (name for name in files if os.path.basename(name) in METADATA_FILES):

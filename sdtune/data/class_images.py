@@ -10,19 +10,69 @@ Source: Ruiz et al. 2022, "DreamBooth: Fine Tuning Text-to-Image Diffusion Model
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from sdtune.data.atomic import write_atomically
-from sdtune.data.metadata import METADATA, is_picture, list_files, read_rows, write_rows
+from sdtune.data.metadata import DRAWN_BY, METADATA, is_picture, list_files, read_rows, write_rows
 from sdtune.errors import DataError
 
 Draw = Callable[[list[str], list[int]], list[Image.Image]]
-NOTES = "drawn_by.json"
 NAME = re.compile(r"class-\d{6,}\.png")
+
+
+@dataclass(frozen=True)
+class ClassFolder:
+    """What a folder of class pictures holds, and what it lacks.
+
+    Attributes:
+        there: names of all its pictures.
+        drawn: the rows of those that were drawn, by name. others: rows of those that a person put there.
+        missing: numbers of the pictures that are to be drawn, some of them perhaps again.
+    """
+
+    there: set[str]
+    drawn: dict[str, dict[str, Any]]
+    others: list[dict[str, Any]]
+    missing: list[int]
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether it has pictures, and none without its row that is drawn again, nor a row without its picture."""
+        return bool(self.there) and not any(_name(n) in self.there or _name(n) in self.drawn for n in self.missing)
+
+
+def look_into(
+    folder: str | Path,
+    prompts: Sequence[str],
+    count: int,
+    *,
+    made_by: Mapping[str, Any] | None = None,
+    key: str = "data.1",
+    without: Collection[str] = (),
+) -> ClassFolder:
+    """What is there of class pictures, before any is drawn. Arguments as of `fill_class_folder`.
+
+    Raises:
+        DataError: there are no prompts, or the folder holds pictures drawn for other prompts or otherwise.
+    """
+    if not prompts:
+        raise DataError(f"there are no prompts to draw class pictures for; give {key}.prompt, or lines in its file.")
+    folder = Path(folder)
+    rows = read_rows(folder) if (folder / METADATA).exists() else []
+    others = [row for row in rows if not NAME.fullmatch(row["file_name"])]  # of pictures that a person put there
+    drawn = {row["file_name"]: row for row in rows if NAME.fullmatch(row["file_name"])}
+    _refuse_other_prompts(folder, drawn, prompts, key)
+    if drawn:
+        _refuse_drawn_otherwise(folder / DRAWN_BY, json.loads(json.dumps(made_by or {})), key)
+    there = {name for name in list_files(folder, without) if is_picture(name)}
+    wanted = range(max(0, count - sum(not NAME.fullmatch(name) for name in there)))
+    missing = [number for number in wanted if _name(number) not in there or _name(number) not in drawn]
+    return ClassFolder(there, drawn, others, missing)
 
 
 def fill_class_folder(
@@ -35,6 +85,7 @@ def fill_class_folder(
     *,
     made_by: Mapping[str, Any] | None = None,
     key: str = "data.1",
+    without: Collection[str] = (),
 ) -> int:
     """Draws pictures until the folder holds `count`; those that are there, drawn or put there by a person, count.
 
@@ -49,6 +100,7 @@ def fill_class_folder(
         progress: called with (pictures there, count) after each batch.
         made_by: what the pictures depend on beside prompt and number (model, size, steps ...), noted in drawn_by.json.
         key: of the entry in its recipe, for the commands that faults name.
+        without: real paths of folders in it that are no part of it.
 
     Returns:
         How many were drawn.
@@ -56,29 +108,18 @@ def fill_class_folder(
     Raises:
         DataError: the folder holds pictures drawn for other prompts or otherwise, or cannot be written.
     """
-    if not prompts:
-        raise DataError(f"there are no prompts to draw class pictures for; give {key}.prompt, or lines in its file.")
     folder = Path(folder)
-    rows = read_rows(folder) if (folder / METADATA).exists() else []
-    others = [row for row in rows if not NAME.fullmatch(row["file_name"])]  # of pictures that a person put there
-    drawn = {row["file_name"]: row for row in rows if NAME.fullmatch(row["file_name"])}
-    _refuse_other_prompts(folder, drawn, prompts, key)
-    notes = json.loads(json.dumps(made_by or {}))
-    if drawn:
-        _refuse_drawn_otherwise(folder / NOTES, notes, key)
-
-    there = {name for name in list_files(folder) if is_picture(name)}
-    wanted = range(max(0, count - sum(not NAME.fullmatch(name) for name in there)))
-    missing = [number for number in wanted if _name(number) not in there or _name(number) not in drawn]
-    if missing and notes:
-        write_atomically(folder / NOTES, (json.dumps(notes, indent=2) + "\n").encode())
+    state = look_into(folder, prompts, count, made_by=made_by, key=key, without=without)
+    drawn, missing = state.drawn, state.missing
+    if missing and made_by:
+        write_atomically(folder / DRAWN_BY, (json.dumps(made_by, indent=2) + "\n").encode())
     for first in range(0, len(missing), batch_size):
         numbers = missing[first : first + batch_size]
         texts = [prompts[number % len(prompts)] for number in numbers]
         for number, text, picture in zip(numbers, texts, draw(texts, numbers), strict=True):
             write_atomically(folder / _name(number), _png(picture))
             drawn[_name(number)] = {"file_name": _name(number), "text": text}
-        write_rows(folder, others + [drawn[name] for name in sorted(drawn)])
+        write_rows(folder, state.others + [drawn[name] for name in sorted(drawn)])
         if progress is not None:
             progress(count - len(missing) + first + len(numbers), count)
     return len(missing)

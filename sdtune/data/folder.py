@@ -8,7 +8,7 @@ import glob
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,13 @@ MASK = "mask"  # the column that `datasets` makes of mask_file_name
 
 
 def folder_pictures(
-    folder: Path, split: str, image_column: str, text_column: str, prompt: str | None, key: str
+    folder: Path,
+    split: str,
+    image_column: str,
+    text_column: str,
+    prompt: str | None,
+    key: str,
+    without: Collection[str] = (),
 ) -> list[Picture]:
     """The pictures of a folder, those of the metadata first and in its order.
 
@@ -34,8 +40,8 @@ def folder_pictures(
     Raises:
         DataError: as `load_source`.
     """
-    folder = _split_folder(folder, split, key)
-    files = list_files(folder)
+    folder = _split_folder(folder, split, key, without)
+    files = list_files(folder, without)
     metadata = [file for file in files if os.path.basename(file) in METADATA_FILES]
     pictures = [file for file in files if is_picture(file)]
     if not pictures and not metadata:
@@ -190,14 +196,14 @@ def _picture(folder: Path, name: str, captions: tuple[str, ...], weight: float, 
     return Picture(name, captions, weight, reader(name), origin, None if mask is None else reader(mask))
 
 
-def _split_folder(folder: Path, split: str, key: str) -> Path:
+def _split_folder(folder: Path, split: str, key: str, without: Collection[str]) -> Path:
     """The folder itself, or its sub-folder for `split` where it is laid out as train/, test/ ..."""
     if not folder.exists():
         raise DataError(f"{folder} does not exist; make it with: sdtune caption PHOTOS --out {folder}")
     if not folder.is_dir():
         what = f"{folder} is a file; expected a folder of pictures, .tar shards or .parquet files"
         raise DataError(what + (f". Give it with: {setting(key, 'path', 'FOLDER')}" if key else ""))
-    splits = splits_of(folder)
+    splits = splits_of(folder, without)
     if split in splits:
         return folder / split
     if split != "train":

@@ -1,6 +1,7 @@
 """How a path holds its data set: a folder of pictures, tar shards, or parquet files."""
 
 import re
+from collections.abc import Collection
 from glob import glob, has_magic
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from sdtune.errors import DataError
 TAR, PARQUET = ".tar", ".parquet"
 
 
-def archives(path: Path, split: str) -> list[Path]:
+def archives(path: Path, split: str, without: Collection[str] = ()) -> list[Path]:
     """The tar shards or the parquet files that a path stands for; none where it is a folder of pictures.
 
     Args:
@@ -19,6 +20,7 @@ def archives(path: Path, split: str) -> list[Path]:
             as such; shards go before parquet files, which img2dataset writes beside them. Raises DataError where
             there are splits, but not this one, and where a pattern matches nothing.
         split: of files that carry the names of splits, as those of the Hub do, the ones of this split.
+        without: as `list_files` takes it.
     """
     if path.is_file():
         return [path] if path.suffix.lower() in (TAR, PARQUET) else []
@@ -29,7 +31,7 @@ def archives(path: Path, split: str) -> list[Path]:
         return matching
     if not path.is_dir():
         return []
-    names = list_files(path)
+    names = list_files(path, without)
     if any(is_picture(name) or name.rpartition("/")[2] in METADATA_FILES for name in names):
         return []
     for suffix in (TAR, PARQUET):

@@ -8,7 +8,7 @@ one picture. `text`, `weight` and `mask_file_name` are optional, and all other k
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from sdtune.errors import DataError
 METADATA = "metadata.jsonl"
 A_ROW = 'a row such as {"file_name": "rex.jpg", "text": "a dog on a beach"}'
 METADATA_FILES = (METADATA, "metadata.csv", "metadata.parquet")
+DRAWN_BY = "drawn_by.json"  # beside class pictures that a run drew
+MADE_BY_SDTUNE = (("run.yaml", "environment.json"), (DRAWN_BY,))  # files by which folders are known: of a run, or those
 PICTURE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
@@ -60,11 +62,15 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(_file(path), "".join(lines).encode("utf-8"))
 
 
-def list_files(folder: str | Path) -> list[str]:
+def list_files(folder: str | Path, without: Collection[str] = ()) -> list[str]:
     """All files under `folder`, sorted, relative to it, with forward slashes.
 
-    Hidden files and folders are passed over, and so are folders that start with two underscores, as `datasets` does.
-    Links to folders are followed, but for those to a folder above them.
+    Hidden files and folders are passed over, and so are folders that start with two underscores, as `datasets` does,
+    and folders of runs and of class pictures that lie in it. Links to folders are followed, but for those to a folder
+    above them.
+
+    Args:
+        without: further folders in it that are passed over; their real paths.
     """
     folder, found = str(folder), []
     above: dict[str, tuple[str, ...]] = {folder: (os.path.realpath(folder),)}  # of each: those above and itself
@@ -76,12 +82,19 @@ def list_files(folder: str | Path) -> list[str]:
         folders[:] = [
             name
             for name in folders
-            if not name.startswith((".", "__")) and above[os.path.join(here, name)][-1] not in real
+            if not name.startswith((".", "__"))
+            and above[os.path.join(here, name)][-1] not in (*real, *without)
+            and not is_made_by_sdtune(os.path.join(here, name))
         ]
         inner = os.path.relpath(here, folder).replace(os.sep, "/")
         prefix = "" if inner == "." else inner + "/"
         found += [prefix + name for name in files if not name.startswith(".")]
     return sorted(found)
+
+
+def is_made_by_sdtune(folder: str) -> bool:
+    """Whether a folder is that of a run or of drawn class pictures: no part of a data set that lies around it."""
+    return any(all(os.path.isfile(os.path.join(folder, name)) for name in names) for names in MADE_BY_SDTUNE)
 
 
 def is_picture(name: str) -> bool:

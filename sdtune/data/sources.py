@@ -8,7 +8,7 @@
 Nothing is decoded here: a picture is its name, its captions and a way to read its bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from glob import has_magic
 from hashlib import blake2b
@@ -56,6 +56,7 @@ def load_source(
     repeats: int = 1,
     weight: float = 1.0,
     key: str = "data.0",
+    without: Collection[str] = (),
 ) -> Source:
     """Finds the pictures of one entry of a recipe's `data` and their captions.
 
@@ -69,6 +70,7 @@ def load_source(
         prompt: caption of every picture; captions of its own are then not needed, nor used.
         role, repeats, weight: kept in the Source.
         key: where the entry stands in the recipe, for the commands that faults name.
+        without: real paths of folders in `path` that are no part of it.
 
     Raises:
         DataError: no such folder, no pictures, a row without picture, a picture without caption, no such column.
@@ -83,8 +85,8 @@ def load_source(
             pictures = hub_pictures(str(path), split, image_column, text_column, prompt, key)
         except HubError as fault:
             raise HubError(f"'{path}' is no folder here, and taken as an id of the Hub: {fault}") from fault
-    elif not (files := archives(Path(path), split)):
-        pictures = folder_pictures(Path(path), split, image_column, text_column, prompt, key)
+    elif not (files := archives(Path(path), split, without)):
+        pictures = folder_pictures(Path(path), split, image_column, text_column, prompt, key, without)
     elif files[0].suffix.lower() == PARQUET:
         pictures = parquet_pictures(files, image_column, text_column, prompt, key)
     else:

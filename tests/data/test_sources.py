@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sdtune.data.check_entries import data_set_entries
+from sdtune.data.check_reading import read
 from sdtune.data.images import open_rgb
 from sdtune.data.metadata import read_rows
 from sdtune.data.sources import load_source
@@ -125,6 +127,37 @@ def test_a_path_relative_to_the_working_folder(make_folder, monkeypatch):
     relative, absolute = load_source(path="photos").pictures[0], load_source(path=folder).pictures[0]
     assert relative.name == absolute.name and relative.origin == absolute.origin
     assert open_rgb(relative.read()).size == (12, 8)
+
+
+def test_folders_of_runs_and_class_pictures_are_no_part_of_the_folder_around_them(make_folder, tmp_path):
+    photos = make_folder("photos", {"a.png": ["x"], "sub/b.png": ["y"]})
+    make_folder("photos/run1", {"samples/step-000001/00.png": []})
+    for name in ("run.yaml", "environment.json"):
+        (photos / "run1" / name).write_text("{}")
+    make_folder("photos/drawn", {"class-000000.png": ["a dog"]})
+    (photos / "drawn" / "drawn_by.json").write_text("{}")
+    assert names(load_source(path=photos)) == ["a.png", "sub/b.png"]
+    assert names(load_source(path=photos, prompt="x")) == ["a.png", "sub/b.png"]
+    (found,) = data_set_entries(str(photos))
+    reading = read(found)
+    assert len(reading.pictures) == 2 and not reading.unreferenced and not reading.refusal
+    assert len(load_source(path=photos / "drawn").pictures) == 1
+    assert len(load_source(path=photos / "run1", prompt="x").pictures) == 1
+
+    split = make_folder("split/train", {"a.png": ["x"]}).parent
+    make_folder("split/val", {"b.png": ["y"]})
+    (split / "run1").mkdir()
+    assert len(load_source(path=split, prompt="x").pictures) == 2
+    for name in ("run.yaml", "environment.json"):
+        (split / "run1" / name).write_text("{}")
+    assert names(load_source(path=split)) == ["a.png"]
+
+
+def test_folders_that_are_no_part_of_it(make_folder):
+    photos = make_folder("photos", {"a.png": ["x"]})
+    inner = make_folder("photos/val", {"b.png": ["y"], "deep/c.png": ["z"]})
+    assert len(load_source(path=photos).pictures) == 3
+    assert names(load_source(path=photos, without=[str(inner.resolve())])) == ["a.png"]
 
 
 def test_splits_of_a_folder(make_folder):
