@@ -79,6 +79,14 @@ def test_a_default_that_follows_from_a_faulty_setting_is_no_fault(bare: Path, fa
     assert faults(bare, fault).keys() == {fault.partition("=")[0]}
 
 
+def test_paths_written_on_windows_are_told_as_they_are_here(bare: Path) -> None:
+    Path("photos/base").mkdir()
+    found = faults(bare, r"data.0.path=.\photos", r"model.base=photos\base", r"adapter.init_from=photos\gone")
+    assert found["data.0.path"].endswith("metadata.jsonl: data.0.path=./photos")
+    assert found["model.base"].endswith("name another with: model.base=photos/base")
+    assert found["adapter.init_from"].endswith("adapter.init_from=FOLDER")
+
+
 def test_the_message_reads_as_in_the_style_page(bare: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(bare, ["train.steps=-5", "adapter.rnk=3"])

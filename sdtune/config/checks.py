@@ -166,7 +166,7 @@ def _paths(recipe: Recipe) -> Iterator[Fault]:
     names |= {f"model.from_config.{part}": value for part, value in (model.from_config or {}).items()}
     for key, name in names.items():
         if isinstance(name, str) and not could_be_model(name):
-            yield key, f"'{name}' does not exist, and is no hub id (user/name); name another with: {key}=FOLDER"
+            yield key, f"'{name}' does not exist, and is no hub id (user/name); name another with: {key}={_meant(name)}"
 
 
 def could_be_model(name: str) -> bool:
@@ -176,12 +176,19 @@ def could_be_model(name: str) -> bool:
     return looks_like_hub_id(name)
 
 
+def _meant(name: str, otherwise: str = "FOLDER") -> str:
+    """A path that is not there as it is with slashes, where it has backslashes, as Windows writes them; or a word."""
+    slashed = name.replace("\\", "/")
+    return slashed if slashed != name and Path(slashed).exists() else otherwise
+
+
 def _adapter(recipe: Recipe) -> Iterator[Fault]:
     adapter = recipe.adapter
     if recipe.task == "autoencoding" and adapter.kind != "full":
         yield "adapter.kind", f"got '{adapter.kind}', expected full: an autoencoding run trains the VAE itself"
     if adapter.init_from is not None and not Path(resolve_asset(adapter.init_from)).exists():
-        yield "adapter.init_from", f"'{adapter.init_from}' does not exist; name a LoRA file, or a folder or run"
+        what = f"'{adapter.init_from}' does not exist; name a LoRA file, or a folder or run"
+        yield "adapter.init_from", f"{what}: adapter.init_from={_meant(adapter.init_from)}"
     if adapter.factor < 2 and adapter.factor != -1:
         yield "adapter.factor", f"got {adapter.factor}, expected at least 2, or -1 for near the square root"
     if recipe.model.inpaint and adapter.kind != "full":
@@ -254,11 +261,13 @@ def _source(source: DataSource, number: int) -> Iterator[Fault]:
     if source.generate and source.hub:
         yield "generate", "pictures are drawn into a folder, got a hub data set; set path"
     if source.prompts is not None and not Path(resolve_asset(source.prompts)).is_file():
-        yield "prompts", f"'{source.prompts}' does not exist; expected a text file with one prompt a line"
+        what = f"'{source.prompts}' does not exist; expected a text file with one prompt a line"
+        yield "prompts", f"{what}: data.{number}.prompts={_meant(source.prompts, 'FILE')}"
     if source.path is not None and not source.generate and not _could_be_data(source.path):
         exists = Path(resolve_asset(source.path)).exists()
         what = "is a file, expected a folder, .tar shards or .parquet files" if exists else "does not exist"
-        yield "path", f"'{source.path}' {what}; name a folder of pictures and metadata.jsonl: data.{number}.path=FOLDER"
+        what = f"'{source.path}' {what}; name a folder of pictures and metadata.jsonl"
+        yield "path", f"{what}: data.{number}.path={_meant(source.path)}"
 
 
 def _same_folder(recipe: Recipe, folder: str | None, but: DataSource | None = None) -> int | None:
