@@ -20,6 +20,7 @@ from sdtune.data.batches import Batch, collate
 from sdtune.data.buckets import Buckets, Size, default_step
 from sdtune.data.dataset import TrainingSet, validation_examples
 from sdtune.data.examples import Example, Known, nothing_known
+from sdtune.data.picture import MASK
 from sdtune.data.sources import Source, load_source
 from sdtune.data.store import Stores
 from sdtune.diffusion.objectives import Objective
@@ -361,8 +362,9 @@ def check_masks(recipe: Recipe, sources: Sequence[Source]) -> None:
     if reads_masks(recipe) and not any(p.mask for s in sources if s.role == "instance" for p in s.pictures):
         key = "objective.outside_mask" if recipe.objective.outside_mask is not None else "images.masks"
         raise DataError(
-            f"{key} is set, and no picture has a mask; name one in each row of metadata.jsonl (mask_file_name: a "
-            f"picture of the same size, white where the subject is), or remove {key}"
+            f"{key} is set, and no picture has a mask, which is a picture of the same size, white where the subject "
+            "is; name one in each row of metadata.jsonl (mask_file_name), put a .mask.png beside each picture of a "
+            f"shard, or a column {MASK!r} of pictures into a table, or remove {key}"
         )
 
 

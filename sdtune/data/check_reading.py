@@ -10,13 +10,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from sdtune.data.captions import captions_of
 from sdtune.data.check_entries import Entry
 from sdtune.data.layouts import PARQUET, archives
-from sdtune.data.metadata import METADATA_FILES, bad_name, is_picture, list_files
+from sdtune.data.metadata import METADATA_FILES, bad_name, is_picture, leads_out, list_files
 from sdtune.data.parquet import columns_of, pictures_in_parquet
 from sdtune.data.picture import Picture
 from sdtune.data.shards import pictures_in_shard
@@ -94,13 +94,6 @@ def read(entry: Entry) -> Reading:
         reading.folder = entry.path / entry.split if in_split else entry.path
         _read_folder(reading, loaded=reading.source is not None)
     return reading
-
-
-def leads_out(name: str) -> bool:
-    """Whether a `file_name` is absolute, on any system, or climbs out of its folder."""
-    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or PureWindowsPath(name).root:
-        return True
-    return os.path.normpath(name.replace("\\", "/")).replace(os.sep, "/").split("/")[0] == ".."
 
 
 def _read_archives(reading: Reading) -> None:

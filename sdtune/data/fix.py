@@ -13,8 +13,8 @@ from typing import Any
 
 from sdtune.data.captions import captions_of
 from sdtune.data.check import Report, Seen
-from sdtune.data.check_reading import Reading, Row, leads_out
-from sdtune.data.metadata import is_picture, write_rows
+from sdtune.data.check_reading import MASK_KEY, Reading, Row
+from sdtune.data.metadata import is_picture, leads_out, write_rows
 from sdtune.data.splits import unlike_splits
 from sdtune.errors import DataError, UsageError
 
@@ -113,18 +113,26 @@ def _copy(each: Seen, number: int, folder: Path, more: Sequence[str]) -> list[Ro
     name, content, entry = _file_name(each, number), each.picture.read(), each.reading.entry
     if (folder / name).exists():  # two names became one
         name = f"{number:06d}-{name.replace('/', '-')}"
-    if isinstance(content, bytes):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    else:
-        link_or_copy(content, folder / name)
+    _put(content, folder / name)
     rows = [{**row, entry.file_key: name} for row in _own_rows(each.reading, each.picture.name, folder)]
     if not rows:
-        weight = {} if each.picture.weight == 1 else {"weight": each.picture.weight}
-        rows = [{entry.file_key: name, entry.text_column: text, **weight} for text in each.picture.captions]
+        facts: Row = {} if each.picture.weight == 1 else {"weight": each.picture.weight}
+        if each.picture.mask is not None:
+            facts[MASK_KEY] = f"masks/{name.rpartition('.')[0]}.png"
+            _put(each.picture.mask(), folder / facts[MASK_KEY])
+        rows = [{entry.file_key: name, entry.text_column: text, **facts} for text in each.picture.captions]
     known = {text for row in rows for text in captions_of(row.get(entry.text_column))}
     new = [text for text in dict.fromkeys(more) if text not in known]
     return rows + [_another(rows[0], entry.text_column, text) for text in new]
+
+
+def _put(content: bytes | str, target: Path) -> None:
+    """Writes a picture, or links to its file."""
+    if isinstance(content, bytes):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    else:
+        link_or_copy(content, target)
 
 
 def _own_rows(reading: Reading, name: str, folder: Path) -> Iterator[Row]:

@@ -1,7 +1,8 @@
 """Pictures and captions of a local folder: the imagefolder layout of HF `datasets`, or `.txt` files beside pictures.
 
-`datasets` reads the metadata files; it looks at no picture, so that a folder of 100,000 loads in seconds. What it lets
-pass (rows without picture, pictures without row) is checked here.
+No picture is looked at, so that a folder of 100,000 loads in seconds. `datasets` reads metadata.csv and .parquet; what
+it lets pass (rows without picture, pictures without row) is checked here. metadata.jsonl is read line by line:
+`datasets` wants all cells of a column alike, and one picture may have a caption and the next a list of them.
 """
 
 import glob
@@ -11,17 +12,16 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from sdtune.data.captions import PROMPT, captions_of, setting, some
-from sdtune.data.metadata import METADATA, METADATA_FILES, is_picture, list_files, read_rows
-from sdtune.data.picture import Picture
+from sdtune.data.metadata import METADATA, METADATA_FILES, is_picture, leads_out, list_files, read_rows
+from sdtune.data.picture import MASK, Picture
 from sdtune.data.sidecars import sidecar_captions
 from sdtune.data.splits import splits_of
 from sdtune.errors import DataError
-
-MASK = "mask"  # the column that `datasets` makes of mask_file_name
 
 
 def folder_pictures(
@@ -89,7 +89,7 @@ class _Rows:
         self.weights: dict[str, float] = {}
         self.masks: dict[str, str] = {}
         self.other_files: set[str] = set()
-        columns, image_columns = _read_columns(folder, files)
+        columns, image_columns = _read_columns(folder, files, image_column)
         for column in [image_column, *([text_column] if text_column is not None else [])]:
             if column not in columns:
                 raise DataError(_no_column(folder / files[0], column, text_column, list(columns), key))
@@ -110,7 +110,7 @@ class _Rows:
                     "at least 0, such as 1.0"
                 )
             if weight is not None and self.weights.setdefault(name, float(weight)) != weight:
-                raise _two_values(folder / files[0], name, "weight", self.weights[name], weight)
+                raise _two_values(folder / files[0], name, "weight", self.weights[name], float(weight))
             if mask is not None and self.masks.setdefault(name, mask) != mask:
                 raise _two_values(folder / files[0], name, "mask", self.masks[name], mask)
 
@@ -123,8 +123,36 @@ def _is_weight(value: object) -> bool:
     return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
-def _read_columns(folder: Path, files: list[str]) -> tuple[dict[str, list[Any]], set[str]]:
-    """The columns of all metadata files, and which of them hold paths of pictures.
+def _read_columns(folder: Path, files: list[str], image_column: str) -> tuple[dict[str, list[Any]], set[str]]:
+    """The columns of all metadata files, and which of them hold paths of pictures, {"path": path} or None each."""
+    if all(file.endswith(".jsonl") for file in files):
+        return _read_lines(folder, files, "file_name" if image_column == "image" else None)
+    return _read_tables(folder, files)
+
+
+def _read_lines(folder: Path, files: list[str], key: str | None) -> tuple[dict[str, list[Any]], set[str]]:
+    """Of metadata.jsonl files. file_name becomes the column image and mask_file_name mask, as `datasets` has them."""
+    rows, images = list[dict[str, Any]](), set[str]()
+    for file in files:
+        some = read_rows(folder / file, key)
+        if not some:
+            raise DataError(f"{folder / file} is empty; write a row for each picture, or take the file away.")
+        place = os.path.join(os.path.abspath(folder), os.path.dirname(file))
+        for row in some:
+            rows.append({})
+            for name, value in row.items():
+                if name.endswith("file_name"):
+                    name = name.removesuffix("file_name").rstrip("_") or "image"
+                    images.add(name)
+                    if isinstance(value, str) and leads_out(value):
+                        raise _leading_out(folder / file, value)
+                    value = {"path": os.path.join(place, value)} if isinstance(value, str) and value else None
+                rows[-1][name] = value
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}, images
+
+
+def _read_tables(folder: Path, files: list[str]) -> tuple[dict[str, list[Any]], set[str]]:
+    """Of metadata files of any kind.
 
     The builder is used as such: `load_dataset` would ask the network, guess splits from file names, and keep a cache.
     """
@@ -160,15 +188,6 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _unreadable(folder: Path, files: list[str], error: Exception) -> DataError:
-    """The fault in words: of the line where it is, if reading line by line finds it, else what `datasets` says."""
-    for file in files:
-        if file.endswith(".jsonl"):
-            try:
-                rows = read_rows(folder / file)
-            except DataError as fault:
-                return fault
-            if not rows:
-                return DataError(f"{folder / file} is empty; write a row for each picture, or take the file away.")
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     what = " ".join(str(error).split())
@@ -176,11 +195,11 @@ def _unreadable(folder: Path, files: list[str], error: Exception) -> DataError:
 
 
 def _names(folder: Path, cells: Iterable[dict[str, Any] | None]) -> Iterator[str | None]:
-    """Paths of pictures as `datasets` gives them -> names relative to the folder."""
+    """Paths of pictures -> names relative to the folder."""
     root, known = os.path.abspath(folder), dict[str, str]()
     for cell in cells:
         path = (cell or {}).get("path")
-        if path is None or path.endswith("/."):  # the cell was empty
+        if path is None or path.endswith("/."):  # how `datasets` has an empty cell
             yield None
             continue
         if path not in known:
@@ -218,6 +237,13 @@ def _refuse_missing(folder: Path, names: Iterable[str], files: set[str]) -> None
             f"{folder}: {some(missing)} named in its metadata but not there; put the files back, or take their rows "
             "away."
         )
+
+
+def _leading_out(file: Path, name: str) -> DataError:
+    return DataError(
+        f"{file} names '{name}', which leads out of its folder; put the file into the folder, and name it as seen from "
+        "there."
+    )
 
 
 def _two_values(file: Path, name: str, what: str, first: object, second: object) -> DataError:

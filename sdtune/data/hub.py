@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtune.data.captions import PROMPT, captions_of, setting
-from sdtune.data.picture import Picture
+from sdtune.data.picture import MASK, Picture
 from sdtune.errors import DataError, HubError
 from sdtune.hub_access import hub_fault
 
@@ -13,7 +13,7 @@ from sdtune.hub_access import hub_fault
 def hub_pictures(
     hub: str, split: str, image_column: str, text_column: str, prompt: str | None, key: str
 ) -> list[Picture]:
-    """One picture a row; a cell with a list of texts holds several captions.
+    """One picture a row; a cell with a list of texts holds several captions, one in the column `mask` its mask.
 
     Raises:
         HubError: no network, or no such data set.
@@ -34,6 +34,9 @@ def hub_pictures(
         images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, ValueError) as error:
         raise DataError(f"{hub} ({split}): the column {image_column!r} holds no pictures ({error}).") from error
+    masks = None
+    if isinstance(table.features.get(MASK), datasets.Image):
+        masks = table.select_columns([MASK]).cast_column(MASK, datasets.Image(decode=False))
     if prompt is not None:
         captions: list[tuple[str, ...]] = [(prompt,)] * len(table)
     else:
@@ -46,10 +49,24 @@ def hub_pictures(
                 "another column."
             )
     origin = f"{hub}:{split}"
+    masked = [False] * len(table) if masks is None else _filled(masks)
     return [
-        Picture(f"{index:08d}", texts, 1.0, partial(_content, images, index, image_column), origin)
+        Picture(
+            f"{index:08d}",
+            texts,
+            1.0,
+            partial(_content, images, index, image_column),
+            origin,
+            partial(_content, masks, index, MASK) if masked[index] else None,
+        )
         for index, texts in enumerate(captions)
     ]
+
+
+def _filled(masks: Any) -> list[bool]:
+    """Which rows have a mask; no bytes are read."""
+    batches = masks.with_format("arrow").iter(1000)
+    return [valid for batch in batches for valid in batch[MASK].is_valid().to_pylist()]
 
 
 def _load(hub: str, split: str, key: str) -> Any:

@@ -9,7 +9,7 @@ one picture. `text`, `weight` and `mask_file_name` are optional, and all other k
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from sdtune.data.atomic import write_atomically
@@ -26,14 +26,17 @@ PICTURE_SUFFIXES = (
 )
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
+def read_rows(path: str | Path, key: str | None = "file_name") -> list[dict[str, Any]]:
     """The rows of a folder's `metadata.jsonl`, in the order of the file. Empty lines are passed over.
+
+    Backslashes in names, as Windows has them, become slashes.
 
     Args:
         path: the folder, or the file itself.
+        key: names the picture in each row; None where a row need not name one.
 
     Raises:
-        DataError: there is no such file, or a line is not a JSON object with a `file_name`; names the line.
+        DataError: there is no such file, or a line is not a JSON object with that key; names the line.
     """
     file = _file(path)
     try:
@@ -45,7 +48,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}; expected a text file in UTF-8.") from error
     lines = enumerate(text.split("\n"), start=1)  # not splitlines(): captions may hold other line separators
-    return [_row(file, number, line) for number, line in lines if line.strip()]
+    return [_row(file, number, line, key) for number, line in lines if line.strip()]
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -102,6 +105,13 @@ def is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
+def leads_out(name: str) -> bool:
+    """Whether a `file_name` is absolute, on any system, or climbs out of its folder."""
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or PureWindowsPath(name).root:
+        return True
+    return os.path.normpath(name.replace("\\", "/")).replace(os.sep, "/").split("/")[0] == ".."
+
+
 def bad_name(name: str) -> str:
     """Why a file's name cannot stand in metadata.jsonl; empty when it can."""
     if "\\" in name:
@@ -118,7 +128,7 @@ def _file(path: str | Path) -> Path:
     return path if path.suffix == ".jsonl" else path / METADATA
 
 
-def _row(file: Path, number: int, line: str) -> dict[str, Any]:
+def _row(file: Path, number: int, line: str, key: str | None) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -126,7 +136,7 @@ def _row(file: Path, number: int, line: str) -> dict[str, Any]:
             f"{file}, line {number} is not JSON ({error}); got: {line.strip()[:80]}; expected {A_ROW}. Mend the line, "
             "or take it away"
         ) from error
-    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+    if not isinstance(row, dict) or (key is not None and not isinstance(row.get(key), str)):
         raise DataError(f"{file}, line {number} names no picture; got: {line.strip()[:80]}; expected {A_ROW}")
     return _with_slashes(row)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtune.data.captions import captions_of, no_captions, setting
-from sdtune.data.picture import Picture
+from sdtune.data.picture import MASK, Picture
 from sdtune.errors import DataError
 
 KEPT = 4  # row groups that stay in memory
@@ -20,7 +20,7 @@ KEPT = 4  # row groups that stay in memory
 def parquet_pictures(
     files: Sequence[Path], image_column: str, text_column: str, prompt: str | None, key: str
 ) -> list[Picture]:
-    """The pictures of the files, in the order of their rows.
+    """The pictures of the files, in the order of their rows, each with the mask in its column `mask`, if there is one.
 
     Args:
         files: parquet files of one kind.
@@ -58,9 +58,11 @@ def pictures_in_parquet(
         else:
             texts = _column(file, opened, group, text_column).to_pylist()
             captions = [tuple(captions_of(text)) for text in texts]
+        masked = _masked(file, opened, group)
         for row, some in enumerate(captions):
-            read = partial(_cell, str(file), group, image_column, row)
-            yield Picture(f"{file.name}/{group}-{row:06d}", some, 1.0, read, origin)
+            read, mask = (partial(_cell, str(file), group, column, row) for column in (image_column, MASK))
+            name = f"{file.name}/{group}-{row:06d}"
+            yield Picture(name, some, 1.0, read, origin, mask if masked is not None and masked[row] else None)
 
 
 def columns_of(file: Path) -> list[str]:
@@ -86,6 +88,21 @@ def _column(file: Path, opened: Any, group: int, column: str) -> Any:
         return opened.read_row_group(group, columns=[column]).column(0)
     except (OSError, pyarrow.ArrowException) as error:
         raise _damaged(file, error) from error
+
+
+def _masked(file: Path, opened: Any, group: int) -> list[bool] | None:
+    """Which rows of a group have a mask, told without its bytes; None where none has."""
+    import pyarrow
+
+    schema = opened.schema_arrow
+    if MASK not in schema.names:
+        return None
+    kind = schema.field(MASK).type
+    if pyarrow.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+        return list(_column(file, opened, group, f"{MASK}.path").is_valid().to_pylist())
+    if pyarrow.types.is_struct(kind) or pyarrow.types.is_binary(kind):
+        return list(_column(file, opened, group, MASK).is_valid().to_pylist())
+    return None  # of another kind: whatever it is, it holds no pictures
 
 
 def _damaged(file: Path, error: Exception) -> DataError:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from sdtune.errors import DataError
 
+MASK = "mask"  # the column of masks: of tables, of the Hub, and what `datasets` makes of mask_file_name
+
 
 @dataclass(frozen=True)
 class Picture:

@@ -1,6 +1,6 @@
 """Pictures inside of tar files, in the WebDataset layout that img2dataset writes.
 
-    00000.tar:  000000001.jpg  000000001.txt  000000001.json  000000002.jpg ...
+    00000.tar:  000000001.jpg  000000001.txt  000000001.json  000000001.mask.png  000000002.jpg ...
 
 Members that share a name up to its first dot are one sample. The archives are gone through once, header by header; then
 each picture is read from its place in its archive. Nothing is unpacked or copied.
@@ -18,7 +18,7 @@ from typing import Any
 
 from sdtune.data.captions import captions_of, no_captions
 from sdtune.data.metadata import is_picture
-from sdtune.data.picture import Picture
+from sdtune.data.picture import MASK, Picture
 from sdtune.errors import DataError
 
 TEXTS = (".txt", ".json")
@@ -30,6 +30,7 @@ class Sample:
 
     name: str
     place: tuple[int, int] | None = None  # offset and size of the picture, in bytes
+    mask: tuple[int, int] | None = None  # those of its mask
     txt: str | None = None
     json: dict[str, Any] = field(default_factory=dict)
 
@@ -70,8 +71,9 @@ def pictures_in_shard(shard: Path, text_column: str, prompt: str | None) -> Iter
     for sample in read_shard(shard):
         if sample.place is not None:
             captions = (prompt,) if prompt is not None else sample.captions(text_column)
-            read = partial(_slice, str(shard), *sample.place)
-            yield Picture(f"{shard.name}/{sample.name}", captions, 1.0, read, origin)
+            read, mask = (place and partial(_slice, str(shard), *place) for place in (sample.place, sample.mask))
+            assert read is not None
+            yield Picture(f"{shard.name}/{sample.name}", captions, 1.0, read, origin, mask)
 
 
 def read_shard(shard: Path) -> Iterator[Sample]:
@@ -109,7 +111,9 @@ def read_shard(shard: Path) -> Iterator[Sample]:
 
 def _take(sample: Sample, archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> None:
     """Note what a member adds to its sample."""
-    if is_picture(f"x{suffix}"):
+    if is_picture(f"x{suffix}") and suffix.rpartition(".")[0] == f".{MASK}":
+        sample.mask = member.offset_data, member.size
+    elif is_picture(f"x{suffix}"):
         if sample.place is None or "." not in suffix[1:]:  # x.png rather than x.seg.png
             sample.place = member.offset_data, member.size
     elif suffix in TEXTS:

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from sdtune.data.check import check
+from sdtune.data.check_entries import data_set_entries
+from sdtune.data.check_sizes import Frame
+from sdtune.data.fix import write_fixed
 from sdtune.data.layouts import archives
 from sdtune.data.sources import load_source
 from sdtune.errors import DataError, HubError
@@ -120,6 +124,30 @@ def test_faults_of_shards_are_told(tmp_path: Path) -> None:
         load_source(path=folder, key="data.3")
     with pytest.raises(DataError, match="hold no pictures"):
         load_source(path=make_shard(tmp_path / "empty.tar", {"1.txt": b"a"}))
+
+
+def test_masks_of_shards_and_tables_train_and_are_kept_in_a_cleaned_copy(sd: Path, tmp_path: Path) -> None:
+    mask = io.BytesIO()
+    Image.linear_gradient("L").resize((64, 64)).save(mask, "PNG")
+    texts = {"a.txt": b"a", "b.txt": b"b"}
+    members = {"a.mask.png": mask.getvalue(), "a.png": png(1), "b.png": png(2), "b.seg.png": png(3), **texts}
+    make_shard(tmp_path / "shards" / "0.tar", {name: members[name] for name in sorted(members)})
+    cells = [{"image": png(1), "text": "a", "mask": mask.getvalue()}, {"image": png(2), "text": "b", "mask": None}]
+    make_parquet(tmp_path / "tables" / "0.parquet", cells)
+    for kind in ("shards", "tables"):
+        (entry,) = data_set_entries(str(tmp_path / kind))
+        report = check([entry], Frame(64, 64), masks=True)
+        assert not report.fatal
+        (without,) = [finding for finding in report.findings if finding.kind == "no mask"]
+        assert without.names == (report.pictures[1].name,)
+        write_fixed(report, tmp_path / f"{kind}-clean")
+        for place in (kind, f"{kind}-clean"):
+            first, second = load_source(path=tmp_path / place).pictures
+            assert first.mask is not None and second.mask is None
+            content = first.mask()
+            assert (content if isinstance(content, bytes) else Path(content).read_bytes()) == mask.getvalue()
+    recipe = make_recipe(sd, tmp_path / "shards", tmp_path / "run", objective={"outside_mask": 0.0})
+    next(Run(recipe).steps())
 
 
 def test_parquet_is_read_in_place(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from PIL import Image
 from sdtune.data.check import check
 from sdtune.data.check_captions import Captioned, Reader, caption_findings, holds
 from sdtune.data.check_entries import Entry
-from sdtune.data.check_reading import leads_out, read
+from sdtune.data.check_reading import read
 from sdtune.data.check_report import as_text, as_values
 from sdtune.data.check_scan import Look
 from sdtune.data.check_sizes import Frame, size_findings, size_tables
 from sdtune.data.fix import write_fixed
+from sdtune.data.metadata import leads_out
 from sdtune.data.sources import load_source
 from sdtune.errors import DataError
 from tests.drawings import drawing, encoded

@@ -1,5 +1,6 @@
 """Folders and data sets: what is found, and what is refused in which words."""
 
+import io
 import json
 import os
 import subprocess
@@ -104,6 +105,32 @@ def test_other_columns_and_other_metadata_files(make_folder):
     table = make_folder("csv", {"a.png": [], "b.png": []})
     (table / "metadata.csv").write_text('file_name,text\na.png,"one, with a comma"\nb.png,7\n')
     assert captions(load_source(path=table)) == {"a.png": ("one, with a comma",), "b.png": ("7",)}
+
+
+def test_one_caption_in_a_row_and_several_in_the_next(make_folder):
+    texts = ["one", ["two", "zwei"], None, 7]
+    rows = [{"file_name": f"{number}.png", "text": text} for number, text in enumerate(texts)]
+    rows += [{"file_name": "2.png", "text": ["three"], "year": 1}]
+    folder = make_folder("photos", {f"{number}.png": [] for number in range(4)}, rows=rows)
+    found = {"0.png": ("one",), "1.png": ("two", "zwei"), "2.png": ("three",), "3.png": ("7",)}
+    assert captions(load_source(path=folder)) == found
+    reading = read(data_set_entries(str(folder))[0])
+    assert captions(reading) == found and not reading.refusal
+
+
+def test_names_written_on_windows(make_folder):
+    pictures = {"a/b.png": [], "masks/b.png": []}
+    rows = [{"file_name": "a\\b.png", "text": "x", "mask_file_name": "masks\\b.png"}]
+    folder = make_folder("photos", pictures, rows=rows)
+    for table in (False, True):
+        if table:
+            (folder / "metadata.jsonl").unlink()
+            (folder / "metadata.csv").write_text("file_name,text,mask_file_name\na\\b.png,x,masks\\b.png\n")
+        (picture,) = load_source(path=folder).pictures
+        assert picture.name == "a/b.png" and open_rgb(picture.read()).size == (12, 8)
+        assert picture.mask() == str(folder / "masks" / "b.png")
+        reading = read(data_set_entries(str(folder))[0])
+        assert names(reading) == ["a/b.png"] and not reading.unreferenced + reading.missing
 
 
 def test_metadata_in_sub_folders(make_folder):
@@ -292,6 +319,19 @@ def test_hub_data_sets(hub_set):
     assert {picture.weight for picture in source.pictures} == {1.0}  # a column `weight` may weigh anything
     prompted = load_source(hub=hub_set, image_column="picture", prompt="x", repeats=2)
     assert {picture.captions for picture in prompted.pictures} == {("x",)}
+
+
+def test_masks_of_hub_data_sets(tmp_path):
+    import datasets
+
+    columns = {"image": [Image.new("RGB", (12, 8))] * 3, "mask": [Image.new("L", (12, 8), 255), None, None]}
+    features = datasets.Features(image=datasets.Image(), mask=datasets.Image())
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set" / "train-00000.parquet")
+    for place in ({"hub": str(tmp_path / "set")}, {"path": tmp_path / "set"}):
+        first, *others = load_source(**place, prompt="x").pictures
+        assert Image.open(io.BytesIO(first.mask())).getextrema() == (255, 255)
+        assert [picture.mask for picture in others] == [None, None]
 
 
 def test_faults_of_hub_data_sets(hub_set):
