@@ -1,6 +1,10 @@
-"""Attention, and the transformers made of it. Only the kernels compute scores; `use_kernel` chooses."""
+"""Attention, and the transformers made of it. Only the kernels compute scores; `use_kernel` chooses.
 
-from collections.abc import Callable
+What attends to what is kept by none of them: `with recorded_maps(unet) as maps` records it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +58,44 @@ def use_kernel(network: nn.Module, name: str, device: torch.device, dtype: torch
     for part in network.modules():
         if isinstance(part, (Attention, SpatialAttention)):
             part.kernel = kernel
+
+
+@contextmanager
+def recorded_maps(network: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[dict[str, Tensor]]:
+    """The switch for attention maps: within, those of each call are there to read; the answers stay the same.
+
+        with recorded_maps(unet, lambda name: name.endswith("attn2")) as maps:
+            unet(x_t, t, encoder_hidden_states=text)
+        maps["mid_block.attentions.0.transformer_blocks.0.attn2"].mean(1)  # (B, h * w, text tokens)
+
+    Args:
+        network: a UNet or VAE. In a UNet `attn1` is self-attention, `attn2` attention to the text.
+        wanted: which attention is recorded, by its module's name; others keep their kernel, and no matrix of scores.
+
+    Yields:
+        Names and the maps of the last call: probabilities (B, heads, N, M), in the type of the queries and with their
+        gradient. N = h * w of the layer's own feature map, row by row; M = N in self-attention, else the text's tokens.
+    """
+    maps: dict[str, Tensor] = {}
+
+    def recording(name: str) -> Kernel:
+        def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5  # (B, heads, N, M)
+            maps[name] = (scores if bias is None else scores + bias).softmax(-1)
+            return torch.einsum("bhnm,bmhd->bnhd", maps[name], v)
+
+        return kernel
+
+    kinds = (Attention, SpatialAttention)
+    parts = {name: part for name, part in network.named_modules() if isinstance(part, kinds) and wanted(name)}
+    before = {name: part.kernel for name, part in parts.items()}
+    try:
+        for name, part in parts.items():
+            part.kernel = recording(name)
+        yield maps
+    finally:
+        for name, part in parts.items():
+            part.kernel = before[name]
 
 
 def attend(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdtune.errors import UsageError
 from sdtune.models import AutoencoderKL, UNet2DConditionModel
-from sdtune.models.attention import attend, sdpa, use_kernel, xformers
+from sdtune.models.attention import attend, recorded_maps, sdpa, use_kernel, xformers
 from tests.factories import UNET, VAE
 
 CPU = torch.device("cpu")
@@ -73,6 +73,35 @@ def test_a_network_answers_and_learns_the_same(stand_in: None) -> None:
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(got, expected, strict=True))
     use_kernel(unet, "sdpa", CPU, torch.float32)
     assert torch.equal(answers()[0], expected[0])
+
+
+def test_recorded_maps_leave_the_answer_as_it_is() -> None:
+    torch.manual_seed(0)
+    unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
+    pixels = torch.randn(1, 3, 64, 64)
+    expected = unet(**inputs(), return_dict=False)[0], vae(pixels, return_dict=False)[0]
+    with recorded_maps(unet) as maps, recorded_maps(vae) as of_vae:
+        got = unet(**inputs(), return_dict=False)[0], vae(pixels, return_dict=False)[0]
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(got, expected, strict=True))
+    assert {part.kernel for part in unet.modules() if hasattr(part, "kernel")} == {sdpa}
+    assert of_vae.keys() == {"encoder.mid_block.attentions.0", "decoder.mid_block.attentions.0"}
+    for name, each in maps.items():
+        tokens = each.shape[-2]  # of the picture
+        assert each.shape == (2, each.shape[1], tokens, 5 if name.endswith("attn2") else tokens)
+        assert torch.allclose(each.sum(-1), torch.ones(each.shape[:-1]), atol=1e-5)
+        if name.endswith("attn2"):
+            assert (each[0, ..., 3:] < 1e-6).all()  # padding of the first text
+
+
+def test_only_the_maps_asked_for_are_recorded_and_they_have_gradients() -> None:
+    unet = UNet2DConditionModel(**UNET)
+    values = inputs()
+    x_t = values.pop("sample").requires_grad_()
+    with recorded_maps(unet, lambda name: name.startswith("mid_block") and name.endswith("attn2")) as maps:
+        unet(x_t, **values)
+    assert list(maps) == ["mid_block.attentions.0.transformer_blocks.0.attn2"]
+    (gradient,) = torch.autograd.grad(maps.popitem()[1][..., 1].max(), x_t)
+    assert gradient.abs().max() > 0
 
 
 def test_a_kernel_that_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
