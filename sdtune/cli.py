@@ -96,29 +96,31 @@ def sample(
     sampler: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"In place of the model's own: {', '.join(SAMPLERS)}.")
     ] = None,
+    dynamic_thresholding: Annotated[
+        float | None,
+        typer.Option(metavar="Q", min=0.5, max=1, help="Of pixel models: what is brighter than this quantile is cut."),
+    ] = None,
+    init_image: Annotated[Path | None, typer.Option(metavar="FILE", help="Begin with this picture.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How far to go from it, up to 1; 0.8 unless told, with a mask 1.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of inpainting models: what is white is painted anew.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels; the model's own unless told.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels; the model's own unless told.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Draw pictures from prompts."""
+    options = {name: value for name, value in locals().items() if name not in ("model", "prompt", "debug")}
 
     def run() -> int:
         from sdtune.sample import command
 
-        return command(
-            model,
-            prompt,
-            negative_prompt=negative_prompt,
-            lora=lora,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            count=count,
-            out=out,
-            as_json=as_json,
-        )
+        return command(model, prompt, **options)
 
     _end_with(run, debug)
 

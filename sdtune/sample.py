@@ -20,7 +20,7 @@ from sdtune.errors import RunError, UsageError
 from sdtune.families.base import Conditioning, Family
 from sdtune.families.inpainting import hidden_and_rest
 from sdtune.families.loading import token_ids
-from sdtune.families.schedulers import make_sampler
+from sdtune.families.schedulers import LateStart, make_sampler
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,9 +47,12 @@ def draw_pictures(
     guidance: float = 7.5,
     negative_prompt: str = "",
     sampler: str | None = None,
+    dynamic_thresholding: float | None = None,
     batch_size: int | None = None,
     progress: bool = False,
     shown: tuple[Tensor, Tensor] | None = None,
+    begun: Tensor | None = None,
+    strength: float = 0.8,
 ) -> Iterator["Image"]:
     """One picture for each prompt and seed, in order, drawn in batches.
 
@@ -60,17 +63,23 @@ def draw_pictures(
         steps: denoising steps. guidance: classifier-free guidance scale; 1 or less is off.
         negative_prompt: what guidance leads away from.
         sampler: a name of `SAMPLERS`; None is the model's own.
+        dynamic_thresholding: as `make_sampler` has it, for models of pixels.
         batch_size: pictures at a time; None chooses by their size.
         progress: show a bar on stderr.
         shown: for inpainting models: a picture for each prompt, uint8, (N, 3, height, width), and masks, (N, 1, height,
             width), white where it is to be painted anew; None hides everything, as for text to image.
+        begun: image to image: a picture for each prompt, as in `shown`, from which, noisy, drawing begins.
+        strength: how far it may go from there: the share of the steps that are taken, in (0, 1].
 
     Raises:
-        UsageError: the sampler is not known, or cannot draw what this network predicts.
+        UsageError: the sampler is not known, or cannot draw what this network predicts; or as `check_thresholding`.
     """
     pipeline: Any = family.pipeline()
-    if sampler is not None:
-        pipeline.scheduler = make_sampler(family.scheduler, sampler)
+    if sampler is not None or dynamic_thresholding is not None:
+        check_thresholding(family, dynamic_thresholding)
+        pipeline.scheduler = make_sampler(family.scheduler, sampler, dynamic_thresholding)
+    if begun is not None:
+        pipeline.scheduler = LateStart(pipeline.scheduler, strength)
     pipeline.set_progress_bar_config(disable=not progress)
     network = family.modules[family.denoiser]
     size = batch_size or max(1, min(16, PIXELS // (height * width)))
@@ -83,9 +92,13 @@ def draw_pictures(
             if family.inpaints:
                 parts = None if shown is None else (shown[0][start : start + size], shown[1][start : start + size])
                 words |= pipeline_pictures(family, parts, numbers, height, width)
+            noise = initial_noise(family, numbers, height, width).to(network.device)
+            if begun is not None:
+                x0 = encoded(family, begun[start : start + size], numbers).to(network.device)
+                noise = pipeline.scheduler.begin(x0, noise, steps)
             latents = pipeline(
                 **words,
-                latents=initial_noise(family, numbers, height, width).to(device=network.device, dtype=network.dtype),
+                latents=noise.to(network.dtype),
                 generator=[draws.generator(seed, "sampler noise") for seed in numbers],  # some samplers add noise
                 num_inference_steps=steps,
                 guidance_scale=guidance,
@@ -126,6 +139,23 @@ def pipeline_pictures(
     }
 
 
+def encoded(family: Family, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Pictures, uint8 (B, 3, H, W), as scaled latents (B, C, h, w), drawn from their posterior as in training."""
+    coder = family.modules.get("vae", family.modules[family.denoiser])
+    mean, std = family.encode_images(to_float(pixels.to(coder.device)))
+    posterior = torch.stack([draws.normal(mean.shape[1:], seed, "posterior of the beginning") for seed in seeds])
+    return mean + std * posterior.to(mean.device)
+
+
+def check_thresholding(family: Family, quantile: float | None) -> None:
+    """Raises UsageError for dynamic thresholding of latents, of which nobody knows between which bounds they lie."""
+    if quantile is not None and "vae" in family.modules:
+        raise UsageError(
+            "dynamic thresholding keeps pixels within [-1, 1], and this model draws latents of a VAE, which have no "
+            "such bounds; expected a model of family pixel. Against colours that are too strong, lower --guidance"
+        )
+
+
 @contextlib.contextmanager
 def evaluating(family: Family) -> Iterator[None]:
     """Every network in evaluation mode; afterwards as before."""
@@ -152,6 +182,12 @@ def command(
     steps: int = 25,
     guidance: float = 7.5,
     sampler: str | None = None,
+    dynamic_thresholding: float | None = None,
+    init_image: Path | None = None,
+    strength: float | None = None,
+    mask: Path | None = None,
+    height: int | None = None,
+    width: int | None = None,
     count: int = 1,
     out: str | Path = "samples",
     as_json: bool = False,
@@ -162,19 +198,24 @@ def command(
         model: run folder, its final/ or a checkpoint's weights/, diffusers folder, hub id, or tiny.
         prompts: `count` pictures of each, with the seeds `seed`, `seed` + 1, ...
         lora: LoRA file, or a folder or run that holds one.
-        steps, guidance, sampler: as `draw_pictures` has them.
+        steps, guidance, sampler, dynamic_thresholding: as `draw_pictures` has them.
+        init_image, strength, mask: see `sdtune.init_image`.
+        height, width: in pixels; None is the model's own.
         out: folder for the pictures; what is there stays.
         as_json: print one JSON object instead of the paths.
 
     Raises:
-        SdtuneError: no such model, a LoRA that does not fit, a folder that cannot be written.
+        SdtuneError: no such model, a LoRA that does not fit, a folder that cannot be written, options that are not for
+            this model.
     """
+    from sdtune import init_image as beginning
     from sdtune.libraries import prepare
     from sdtune.opening import open_model
 
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out: '{out}' is a file; expected a folder for the pictures")
+    beginning.check_options(init_image, strength, mask)
     prepare()
     device, precision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp16"
     family = open_model(model, lora, device=device, precision=precision)
@@ -182,9 +223,11 @@ def command(
         raise UsageError(
             f"--steps: got {steps}, but this model knows {len(family.schedule)} noise levels; 20 to 50 are usual"
         )
-    make_sampler(family.scheduler, sampler)  # refused here, if at all
+    check_thresholding(family, dynamic_thresholding)
+    make_sampler(family.scheduler, sampler, dynamic_thresholding)  # refused here, if at all
     lengthen(family, [*prompts, negative_prompt])
-    height, width = family.picture_size()
+    height, width = picture_size(family, height, width)
+    begins = beginning.read(family, init_image, strength, mask, height, width, len(prompts) * count)
     wanted = [(prompt, seed + number) for prompt in prompts for number in range(count)]
     pictures = draw_pictures(
         family,
@@ -196,7 +239,9 @@ def command(
         guidance=guidance,
         negative_prompt=negative_prompt,
         sampler=sampler,
+        dynamic_thresholding=dynamic_thresholding,
         progress=sys.stderr.isatty(),
+        **begins,
     )
     began, rows = time.perf_counter(), []
     for (prompt, number), picture in zip(wanted, pictures, strict=True):
@@ -207,6 +252,20 @@ def command(
     if as_json:
         print(json.dumps({"pictures": rows, "model": model, "seconds": round(time.perf_counter() - began, 2)}))
     return 0
+
+
+def picture_size(family: Family, height: int | None, width: int | None) -> tuple[int, int]:
+    """The size asked for, or the model's own. Raises UsageError for one that the model cannot draw."""
+    own = family.picture_size()
+    size = height or own[0], width or own[1]
+    # diffusers' pipelines over latents take multiples of 8 only, whatever the VAE
+    step = math.lcm(8, family.factor) if "vae" in family.modules else family.factor
+    if any(side % step for side in size):
+        raise UsageError(
+            f"--height, --width: got {size[0]} x {size[1]}; expected multiples of {step}, such as --height "
+            f"{max(step, size[0] // step * step)} --width {max(step, size[1] // step * step)}"
+        )
+    return size
 
 
 def lengthen(family: Family, prompts: Sequence[str]) -> None:

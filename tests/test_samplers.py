@@ -103,3 +103,21 @@ def test_a_recipe_names_one_for_its_samples() -> None:
     assert faults["validate.samples.sampler"].endswith("did you mean 'euler'?")
     values["validate"]["samples"]["sampler"] = "euler"
     assert check(values)[1] == []
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm-solver++", "dpm-solver++-sde", "unipc", "deis"])
+def test_dynamic_thresholding_is_the_papers(name: str) -> None:
+    """A network that answers x0: what it says is clipped to the quantile of its absolute values, and divided by it."""
+    sampler = make_sampler(SD15 | {"prediction_type": "sample"}, name, dynamic_thresholding=0.9)
+    x0 = 3 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    s = x0.abs().flatten(1).quantile(0.9, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+    assert s.min() > 1
+    sampler.set_timesteps(1)
+    step = sampler.step(x0, sampler.timesteps[0], torch.zeros_like(x0))
+    found = getattr(step, "pred_original_sample", step.prev_sample)  # the last step of the others is x0
+    assert torch.allclose(found, x0.clamp(-s, s) / s, atol=0.05)
+
+
+def test_samplers_without_thresholding_are_refused() -> None:
+    with pytest.raises(UsageError, match="EulerDiscreteScheduler has none; name a sampler that has: ddpm, ddim, dpm-"):
+        make_sampler(SD15, "euler", dynamic_thresholding=0.995)

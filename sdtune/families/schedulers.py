@@ -2,10 +2,13 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdtune.errors import UsageError
 from sdtune.families import SAMPLERS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What a model samples with that has no sampler of its own: from scratch, or trained as its base's sampler cannot.
 SAMPLER = {
@@ -17,15 +20,23 @@ SAMPLER = {
 }
 
 
-def make_sampler(scheduler: Mapping[str, Any], name: str | None = None) -> Any:
+def make_sampler(
+    scheduler: Mapping[str, Any], name: str | None = None, dynamic_thresholding: float | None = None
+) -> Any:
     """The scheduler of diffusers with which a model's pictures are drawn.
 
     Args:
         scheduler: scheduler_config.json of the model; its betas and what its network predicts are kept.
         name: of SAMPLERS; None is the model's own.
+        dynamic_thresholding: a quantile in (0, 1]. In each step the predicted x0 is clipped to [-s, s] and divided by
+            s, where s is that quantile of its absolute values, and at least 1. None: it stays as it is.
 
     Raises:
-        UsageError: a name that is not known, or a sampler that cannot draw what this network predicts.
+        UsageError: a name that is not known, or a sampler that cannot draw what this network predicts, or has no
+            thresholding.
+
+    Source of thresholding: Saharia et al. 2022, "Photorealistic Text-to-Image Diffusion Models with Deep Language
+    Understanding", section 2.3.
     """
     if name is not None and name not in SAMPLERS:
         raise UsageError(f"the sampler '{name}' is not known; expected one of {', '.join(SAMPLERS)}")
@@ -37,7 +48,67 @@ def make_sampler(scheduler: Mapping[str, Any], name: str | None = None) -> Any:
             f"the sampler '{name}' cannot draw with this model, which predicts "
             f"{config.get('prediction_type', 'epsilon')}{ending}; expected one of {', '.join(fitting)}"
         )
+    if dynamic_thresholding is not None:
+        if not has_thresholding(config):
+            fitting = [other for other in SAMPLERS if has_thresholding(SAMPLERS[other])]
+            raise UsageError(
+                f"dynamic thresholding: {config['_class_name']} has none; name a sampler that has: {', '.join(fitting)}"
+            )
+        # diffusers' sample_max_value of 1 would keep s at 1, which is plain clipping
+        config |= {"thresholding": True, "dynamic_thresholding_ratio": dynamic_thresholding}
+        config["sample_max_value"] = float("inf")
     return scheduler_class(config).from_config(config)
+
+
+def has_thresholding(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler knows dynamic thresholding."""
+    return "thresholding" in inspect.signature(scheduler_class(config)).parameters
+
+
+class LateStart:
+    """A scheduler of diffusers without its first steps, for what begins with a picture in place of noise.
+
+    All else is the scheduler's own, so that it stands in its place in any pipeline.
+
+    Args:
+        scheduler: which one.
+        strength: the share of the steps that are taken, in (0, 1]; at least one is.
+
+    Source: Meng et al. 2022, "SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations".
+    """
+
+    def __init__(self, scheduler: Any, strength: float) -> None:
+        self.scheduler, self.strength, self.left_out = scheduler, strength, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scheduler, name)
+
+    def set_timesteps(self, steps: int, *rest: Any, **options: Any) -> None:
+        """As the scheduler's; `timesteps` are those that are left."""
+        self.scheduler.set_timesteps(steps, *rest, **options)
+        self.left_out = (steps - max(1, int(steps * self.strength))) * self.scheduler.order
+        self.set_begin_index()
+
+    def set_begin_index(self, index: int = 0) -> None:
+        """As the scheduler's, for those that count steps; counted from the first that is taken."""
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(self.left_out + index)
+
+    @property
+    def timesteps(self) -> "Tensor":
+        """Of the steps that are taken."""
+        return self.scheduler.timesteps[self.left_out :]
+
+    def begin(self, x0: "Tensor", noise: "Tensor", steps: int) -> "Tensor":
+        """What a pipeline is given as its noise so that it begins with x0, noisy as the first step expects it.
+
+        Args:
+            x0: scaled latents, (B, C, h, w). noise: standard normal, of the same shape. steps: as many as the pipeline
+                will be asked for.
+        """
+        self.set_timesteps(steps)
+        x_t = self.scheduler.add_noise(x0, noise, self.timesteps[:1].expand(len(x0)))
+        return x_t / self.scheduler.init_noise_sigma  # which the pipeline multiplies with
 
 
 def scheduler_class(config: Mapping[str, Any]) -> Any:
