@@ -6,6 +6,9 @@ photos = make_photos(tmp_path / "photos", 3)
 """
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from PIL import Image
 
 from sdtune.config import Recipe
 
+ROOT = Path(__file__).parents[1]
 SIZE = 64  # pixels
 DDIM = {
     "beta_start": 0.00085,
@@ -207,6 +211,22 @@ def make_recipe(base: Path | str, photos: Path | str, out: Path | str, **section
     recipe, faults = check(values)
     assert recipe is not None and not faults, faults
     return recipe
+
+
+def train_on_two_processes(recipe: Recipe, out: Path) -> None:
+    """The command with a recipe whose output.dir is `out`, under torchrun; fails unless two processes took part."""
+    from sdtune.config import dump
+
+    file = out.with_suffix(".yaml")
+    file.write_text(dump(recipe), encoding="utf-8")
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sdtune"]
+    ran = subprocess.run(
+        [*launch, "train", str(file)], capture_output=True, text=True, timeout=600,
+        env=kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads((out / "environment.json").read_text())["processes"] == 2
 
 
 def losses(run: Path) -> list[float]:

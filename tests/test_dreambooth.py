@@ -1,19 +1,14 @@
 """DreamBooth with several concepts in one run: its losses are those of the published formula, whatever the way."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sdtune.config import dump
 from sdtune.data.batches import collate
 from sdtune.run import Run
-from tests.factories import losses, make_photos, make_recipe
+from tests.factories import losses, make_photos, make_recipe, train_on_two_processes
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAMPLES = 3, 4  # samples a step, in every way below
@@ -91,15 +86,7 @@ def test_the_loss_of_each_step_is_the_published_one(sd: Path, tmp_path: Path, wa
 def test_two_processes_have_the_published_loss(sd: Path, tmp_path: Path) -> None:
     one = Run(recipe(sd, tmp_path, "one", {"batch_size": 4}))
     expected = [published(one, step) for step in range(STEPS)]
-    (tmp_path / "two.yaml").write_text(dump(recipe(sd, tmp_path, "two", {"batch_size": 1, "accumulate": 2})))
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sdtune"]
-    ran = subprocess.run(
-        [*launch, "train", str(tmp_path / "two.yaml")], capture_output=True, text=True, timeout=600,
-        env=kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
+    train_on_two_processes(recipe(sd, tmp_path, "two", {"batch_size": 1, "accumulate": 2}), tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(expected, rel=1e-4)
 
 

@@ -1,9 +1,6 @@
 """What learns changes in the middle of a run: the text encoder stops, the denoiser begins."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +8,9 @@ import pytest
 import torch
 
 from sdtune import building
-from sdtune.config import dump
 from sdtune.config.files import check
 from sdtune.run import Run
-from tests.factories import losses, make_recipe, weights
+from tests.factories import losses, make_recipe, train_on_two_processes, weights
 
 ROOT = Path(__file__).parents[1]
 TWO_PHASES: dict[str, Any] = {"text_encoder": True, "text_encoder_until": 2, "denoiser_from": 2}
@@ -139,15 +135,7 @@ def test_two_processes_and_accumulation_go_through_the_same_phases(sd: Path, pho
     one = finished(make_recipe(sd, photos, tmp_path / "one", adapter=TWO_PHASES, train=train))
     parts = train | {"batch_size": 1, "accumulate": 2}
     recipe = make_recipe(sd, photos, tmp_path / "two", adapter=TWO_PHASES, train=parts)
-    (tmp_path / "two.yaml").write_text(dump(recipe), encoding="utf-8")
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sdtune"]
-    ran = subprocess.run(
-        [*launch, "train", str(tmp_path / "two.yaml")], capture_output=True, text=True, timeout=600,
-        env=kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
+    train_on_two_processes(recipe, tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(losses(one.folder.path), abs=1e-5)
     expected = weights(one.folder.final)
     for key, tensor in weights(tmp_path / "two" / "final").items():

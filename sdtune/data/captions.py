@@ -34,7 +34,10 @@ def no_captions(where: str, names: Sequence[str], expected: str, key: str) -> Da
 
 def some(names: Sequence[str]) -> str:
     """The first five of the names, and how many there are."""
-    if len(names) == 1:
-        return f"1 picture, {names[0]}, is"
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{len(names)} pictures, {', '.join(names[:5])}{more}, are"
+    return f"{counted(len(names), 'picture')}, {first_of(names)}, {'is' if len(names) == 1 else 'are'}"
+
+
+def first_of(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -9,12 +9,12 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sdtune.data.captions import captions_of
 from sdtune.data.check_entries import Entry
+from sdtune.data.folder import picture_of
 from sdtune.data.layouts import PARQUET, archives
 from sdtune.data.metadata import METADATA_FILES, bad_name, is_picture, leads_out, list_files
 from sdtune.data.parquet import columns_of, pictures_in_parquet
@@ -158,7 +158,7 @@ def _read_folder(reading: Reading, loaded: bool) -> None:
     if not loaded:
         listed = reading.rows.keys() if entry.prompt is None else set()
         loose = [name for name in pictures if name not in listed and name not in others]
-        reading.pictures += [_picture(folder, name, _loose_captions(reading, name, there)) for name in loose]
+        reading.pictures += [picture_of(folder, name, _loose_captions(reading, name, there)) for name in loose]
         reading.unreferenced = loose if reading.rows and entry.prompt is None else []
     elif reading.pictures and all(each.name in there for each in reading.pictures):  # not in shards or tables
         used = {each.name for each in reading.pictures}
@@ -188,15 +188,7 @@ def _found(reading: Reading, name: str, rows: list[Row], there: set[str]) -> lis
         return []
     captions = [text for row in rows for text in _texts(row, reading.entry.text_column)]
     masks = [row[MASK_KEY] for row in rows if _is_name(MASK_KEY, row.get(MASK_KEY))]
-    return [_picture(reading.folder, name, tuple(captions), masks[0] if masks else None)]
-
-
-def _picture(folder: Path, name: str, captions: tuple[str, ...], mask: str | None = None) -> Picture:
-    def reader(name: str) -> partial[str]:
-        return partial(str, os.path.join(folder, *name.split("/")))
-
-    origin = os.path.abspath(folder)
-    return Picture(name, captions, 1.0, reader(name), origin, None if mask is None else reader(mask))
+    return [picture_of(reading.folder, name, tuple(captions), mask=masks[0] if masks else None)]
 
 
 def _texts(row: Row, text_column: str) -> list[str]:

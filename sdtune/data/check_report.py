@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sdtune.data.buckets import Bucket, bucket_table, table_lines
-from sdtune.data.captions import counted
+from sdtune.data.captions import counted, first_of
 from sdtune.data.check import Report
 from sdtune.data.check_findings import Finding
 from sdtune.data.check_sizes import size_tables
@@ -82,17 +82,11 @@ def megabytes(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def some(names: Sequence[str], most: int = SHOWN) -> str:
-    """The first of some names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _finding(finding: Finding) -> Iterator[str]:
     head, indent = f"{finding.level:<8}{finding.count:>6}  ", " " * 16
     yield from textwrap.wrap(finding.what, WIDTH, initial_indent=head, subsequent_indent=indent)
     if finding.names:
-        yield from textwrap.wrap(some(finding.names), WIDTH, initial_indent=indent, subsequent_indent=indent)
+        yield from textwrap.wrap(first_of(finding.names, SHOWN), WIDTH, initial_indent=indent, subsequent_indent=indent)
     yield from textwrap.wrap(f"-> {finding.do}", WIDTH, initial_indent=indent, subsequent_indent=indent + "   ")
 
 

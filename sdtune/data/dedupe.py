@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdtune.data.captions import counted
+from sdtune.data.captions import counted, first_of
 from sdtune.data.check import Seen, check, families
 from sdtune.data.check_entries import data_set_entries
-from sdtune.data.check_report import megabytes, some
+from sdtune.data.check_report import megabytes
 from sdtune.data.check_sizes import Frame
 from sdtune.data.check_watch import watch
 from sdtune.data.duplicates import ALIKE, MOST_BITS, apart
@@ -54,7 +54,7 @@ def command(
     groups.sort(key=lambda group: (-len(group), group[0]))
     drop = {number for group in groups for number in group[1:]}
     if broken:
-        names = some([report.pictures[number].name for number in broken])
+        names = first_of([report.pictures[number].name for number in broken], 3)
         print(f"{counted(len(broken), 'picture')} cannot be read, left out: {names}", file=sys.stderr)
     if sheet is not None:
         from sdtune.data.dedupe_sheet import write_sheet

@@ -50,7 +50,7 @@ def folder_pictures(
             "folder" + (f" with: {setting(key, 'path', 'FOLDER')}" if key else "")
         )
     if not metadata and prompt is not None:
-        return [_picture(folder, name, (prompt,), 1.0) for name in pictures]
+        return [picture_of(folder, name, (prompt,)) for name in pictures]
     if not metadata:
         captions = sidecar_captions(folder, pictures, set(files))
         without = [name for name in pictures if not captions[name]]
@@ -59,7 +59,7 @@ def folder_pictures(
             raise DataError(_no_captions(folder, what, key))
         if without:
             raise DataError(_no_captions(folder, f"{folder}: {some(without)} without caption in a .txt file", key))
-        return [_picture(folder, name, captions[name], 1.0) for name in pictures]
+        return [picture_of(folder, name, captions[name]) for name in pictures]
 
     table = _Rows(folder, metadata, image_column, text_column if prompt is None else None, key)
     _refuse_missing(folder, table.captions, set(files))
@@ -116,7 +116,7 @@ class _Rows:
 
     def picture(self, name: str, captions: tuple[str, ...]) -> Picture:
         """The picture of that name; one that no row names has weight 1 and no mask."""
-        return _picture(self.folder, name, captions, self.weights.get(name, 1.0), self.masks.get(name))
+        return picture_of(self.folder, name, captions, self.weights.get(name, 1.0), self.masks.get(name))
 
 
 def _is_weight(value: object) -> bool:
@@ -207,7 +207,11 @@ def _names(folder: Path, cells: Iterable[dict[str, Any] | None]) -> Iterator[str
         yield known[path]
 
 
-def _picture(folder: Path, name: str, captions: tuple[str, ...], weight: float, mask: str | None = None) -> Picture:
+def picture_of(
+    folder: Path, name: str, captions: tuple[str, ...], weight: float = 1.0, mask: str | None = None
+) -> Picture:
+    """A picture of a folder; it and its mask are named relative to it."""
+
     def reader(name: str) -> partial[str]:
         return partial(str, os.path.join(folder, *name.split("/")))
 

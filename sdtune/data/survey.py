@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 
 from sdtune import distributed
+from sdtune.data.captions import first_of
 from sdtune.data.picture import Picture, refuse_pipe
 from sdtune.data.sources import Source
 from sdtune.errors import DataError
 
 FEW = 500  # pictures that are decoded whole; of more only the beginning and the end is read
-NAMED = 5  # pictures that a fault names
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a file that was not cut off
 UNKNOWN = (0, 0)
 
@@ -26,7 +26,7 @@ Size = tuple[int, int]  # height and width
 
 
 @dataclass(frozen=True)
-class Look:
+class Surveyed:
     """What a picture and its mask turned out to be.
 
     Attributes:
@@ -51,7 +51,7 @@ def survey(sources: Sequence[Source], masks: bool = False) -> list[Source]:
             five.
     """
     pictures = [picture for source in sources for picture in source.pictures]
-    looks = look_at_all(pictures, masks) if distributed.is_main() else []
+    looks = survey_all(pictures, masks) if distributed.is_main() else []
     refuse_broken([fault for look in looks for fault in look.broken])
     refuse_misfits([look.misfit for look in looks if look.misfit])
     unique = list(dict.fromkeys((picture.origin, picture.name) for picture in pictures))
@@ -67,7 +67,7 @@ def survey(sources: Sequence[Source], masks: bool = False) -> list[Source]:
 def refuse_broken(found: Sequence[tuple[str, str]]) -> None:
     """Raises DataError where there are broken pictures, (name, reason) each."""
     if found:
-        some = _some([f"{name} ({reason})" for name, reason in found])
+        some = first_of([f"{name} ({reason})" for name, reason in found])
         count, them = ("1 picture", "it") if len(found) == 1 else (f"{len(found)} pictures", "them")
         raise DataError(
             f"{count} cannot be read: {some}; replace {them}, or take {them} and the rows in the metadata away. "
@@ -80,12 +80,13 @@ def refuse_misfits(found: Sequence[str]) -> None:
     if found:
         count = "1 mask is" if len(found) == 1 else f"{len(found)} masks are"
         raise DataError(
-            f"{count} of another shape than the picture: {_some(found)}; expected the size of the picture, or one of "
-            "the same proportions. Draw them anew, or take their mask_file_name out of the metadata. Nothing was begun."
+            f"{count} of another shape than the picture: {first_of(found)}; expected the size of the picture, or one "
+            "of the same proportions. Draw them anew, or take their mask_file_name out of the metadata. Nothing was "
+            "begun."
         )
 
 
-def look_at_all(pictures: Iterable[Picture], masks: bool = False) -> list[Look]:
+def survey_all(pictures: Iterable[Picture], masks: bool = False) -> list[Surveyed]:
     """A look at each picture, at those that come again once, under a progress bar.
 
     Up to 500 are decoded whole. Of more, headers and ends are read of JPEG and PNG files, and what looks cut off and
@@ -101,23 +102,23 @@ def look_at_all(pictures: Iterable[Picture], masks: bool = False) -> list[Look]:
     whole = len(unique) <= FEW
     Image.init()  # not safe when several threads do it on their way
 
-    def look(picture: Picture) -> Look:
+    def look(picture: Picture) -> Surveyed:
         return _look(picture, whole, masks)
 
     return list(thread_map(look, unique, desc="looking at the pictures", unit="picture", delay=1))
 
 
-def _look(picture: Picture, whole: bool, masks: bool) -> Look:
+def _look(picture: Picture, whole: bool, masks: bool) -> Surveyed:
     name, size, fault = _open(picture.read, f"{picture.origin}: {picture.name}", whole)
     broken = [(name, fault)] if fault else []
     if not masks or picture.mask is None:
-        return Look(size, tuple(broken))
+        return Surveyed(size, tuple(broken))
     mask_name, mask_size, mask_fault = _open(picture.mask, f"{picture.origin}: mask of {picture.name}", whole)
     broken += [(mask_name, mask_fault)] if mask_fault else []
     if broken or same_shape(mask_size, size):
-        return Look(size, tuple(broken))
+        return Surveyed(size, tuple(broken))
     (height, width), (mask_height, mask_width) = size, mask_size
-    return Look(size, (), f"{mask_name} is {mask_width} x {mask_height}, its picture {width} x {height}")
+    return Surveyed(size, (), f"{mask_name} is {mask_width} x {mask_height}, its picture {width} x {height}")
 
 
 def same_shape(mask: Size, picture: Size) -> bool:
@@ -158,8 +159,3 @@ def _ends_well(content: str | bytes, kind: str | None) -> bool:
     with open(content, "rb") as file:
         file.seek(-min(64, os.path.getsize(content)), os.SEEK_END)
         return file.read().rstrip(b"\0").endswith(end)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

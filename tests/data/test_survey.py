@@ -12,12 +12,12 @@ from sdtune.data import images
 from sdtune.data import survey as module
 from sdtune.data.picture import Picture
 from sdtune.data.sources import Source, load_source
-from sdtune.data.survey import look_at_all, survey
+from sdtune.data.survey import survey, survey_all
 from sdtune.errors import DataError
 
 
 def broken(pictures, **options):
-    return [fault for look in look_at_all(pictures, **options) for fault in look.broken]
+    return [fault for look in survey_all(pictures, **options) for fault in look.broken]
 
 
 def encoded(kind: str, **options) -> bytes:
