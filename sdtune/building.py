@@ -34,6 +34,8 @@ from sdtune.models.attention import use_kernel
 from sdtune.run_folder import model_place, weights_folder
 from sdtune.tasks import AutoencodingTask, DenoisingTask, Task
 
+COMPILER = "inductor"  # of torch.compile
+
 
 def make_family(recipe: Recipe) -> Family:
     """Load the base, or make the networks from their configuration."""
@@ -392,6 +394,11 @@ def picture_size(recipe: Recipe) -> tuple[int, int]:
     """Height and width of the training pictures, in pixels."""
     size = recipe.images.resolution
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def compile_denoiser(family: Family) -> None:
+    """Let torch.compile translate the denoiser when it is first called; its names and weights stay."""
+    family.modules[family.denoiser].compile(backend=COMPILER)
 
 
 def save_memory(networks: Sequence[nn.Module]) -> None:

@@ -149,6 +149,8 @@ class Run:
         if recipe.train.gradient_checkpointing:
             through = building.gradient_networks(recipe, self.family)
             building.save_memory([self.family.modules[name] for name in through])
+        if recipe.train.compile:
+            building.compile_denoiser(self.family)
         self.parameters = {f"{name}.{key}": p for name, some in learning.items() for key, p in some.items()}
         rates = building.learning_rates(recipe, self.family, learning)
         optimizer = make_optimizer(

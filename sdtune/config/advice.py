@@ -80,6 +80,7 @@ WHEN = {
     "train.seed": "To see how much of a result is chance.",
     "train.gradient_checkpointing": "When memory is short: a third slower.",
     "train.attention": "xformers on GPUs on which PyTorch's own attention is slow.",
+    "train.compile": "For trainings of hours on a GPU, with pictures of one size.",
     "train.cache": "Off when there are too many pictures for memory, and no cache_dir.",
     "train.cache_dir": "For large data sets, and when several runs use the same pictures.",
     "train.ema": "0.999 to 0.9999 for full trainings of thousands of steps.",

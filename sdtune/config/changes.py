@@ -7,6 +7,7 @@ from sdtune.config.recipe import Recipe
 # What may change between two parts of a run: how long, how it is watched and where it is computed, but not what is
 # learned. (That batch_size * accumulate * processes stays the same is checked where the checkpoint is read.)
 FREE = ("train.steps", "train.workers", "train.cache", "train.cache_dir", "train.gradient_checkpointing",
+        "train.compile",
         "train.batch_size", "train.accumulate", "validate.every", "validate.count", "validate.samples",
         "output")  # fmt: skip
 

@@ -57,6 +57,7 @@ def unused_keys(recipe: Recipe) -> dict[str, str]:
     if recipe.task == "autoencoding":
         why = "an autoencoding run has no text and no timesteps; remove it"
         keys |= dict.fromkeys(DENOISING_ONLY, why)
+        keys["train.compile"] = "is for a denoiser, and an autoencoding run has none; remove it"
         keys["train.cache_dir"] = "an autoencoding run changes the VAE in each step, and the latents with it; remove it"
     else:
         keys["reconstruction"] = "is read by task: autoencoding only; remove it"

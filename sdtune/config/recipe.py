@@ -257,6 +257,11 @@ class TrainSettings(Section):
     attention: Literal["sdpa", "xformers"] = Field(
         "sdpa", description="What computes attention: torch's own kernels, or those of xformers (NVIDIA GPUs)."
     )
+    compile: bool = Field(
+        False,
+        description="Let torch.compile make faster code of the denoiser, which takes minutes, on a CPU many; each new "
+        "size of pictures takes its own.",
+    )
     cache: bool = Field(True, description="Keep latents and text embeddings in memory instead of encoding them anew.")
     cache_dir: str | None = Field(
         None,
