@@ -1,5 +1,6 @@
 """Every shipped recipe is run, for two small steps; small random models stand where it names a large one."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,17 @@ from sdtune.config import DataSource, Recipe, load, resolve_asset
 from sdtune.data.metadata import read_rows, write_rows
 from sdtune.opening import open_model
 from sdtune.run import Run
-from tests.factories import losses, make_inpainting, make_photos, make_sd, make_sdxl, make_tokenizer
+from tests.factories import (
+    VAE,
+    losses,
+    make_bert,
+    make_inpainting,
+    make_photos,
+    make_sd,
+    make_sdxl,
+    make_tokenizer,
+    text_config,
+)
 
 ROOT = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(ROOT.rglob("*.yaml"))
@@ -47,13 +58,18 @@ def make_base(folder: Path, recipe: Recipe) -> Path:
 
 
 def make_part(folder: Path, part: str) -> None:
-    """What a part of `from_config` names by its place: the tokenizer, or the VAE of the recipe before."""
+    """What a part of `from_config` names by its place: a text encoder, a tokenizer, the VAE of the recipe before."""
     from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel
 
     if part == "vae":
-        trained = load(ROOT / "pretrain_tiny_vae.yaml").model.from_config
-        assert trained is not None and isinstance(trained["vae"], dict)
-        AutoencoderKL(**trained["vae"]).save_pretrained(folder)
+        made = [load(path) for path in RECIPES if path.stem.endswith("_vae")]
+        before = [recipe.model.from_config for recipe in made if Path(recipe.output.dir) in folder.parents]
+        AutoencoderKL(**before[0]["vae"] if before and before[0] else VAE).save_pretrained(folder)  # type: ignore[arg-type]
+    elif re.search("bert|minilm", str(folder)):
+        make_bert(folder)
+    elif part == "text_encoder":
+        CLIPTextModel(text_config(make_tokenizer())).save_pretrained(folder)
     else:
         make_tokenizer().save_pretrained(folder)
 
@@ -61,7 +77,7 @@ def make_part(folder: Path, part: str) -> None:
 def make_source(source: DataSource, masks: bool) -> None:
     """A folder of pictures where the recipe's own is not here. (Class pictures are for the base to draw.)"""
     assert source.path is not None
-    if not source.generate and not any(Path(resolve_asset(source.path)).glob("*.png")):
+    if not source.generate and not any(Path(resolve_asset(source.path)).glob("*")):
         folder = make_photos(Path(source.path), 3)
         if masks:
             Image.linear_gradient("L").resize((64, 64)).save(folder / "mask.png")
@@ -80,6 +96,10 @@ def small(path: Path) -> Recipe:
     for part, value in (recipe.model.from_config or {}).items():
         if isinstance(value, str):
             make_part(Path(value), part)
+        elif max(widths := value.get("block_out_channels", [0])) > 256:
+            changes[f"model.from_config.{part}.block_out_channels"] = [32 for _ in widths]
+    if recipe.train.compile:
+        changes["train.compile"] = False  # it takes minutes; tests/test_compile.py has it
     for number, source in enumerate(recipe.data):
         make_source(source, recipe.objective.outside_mask is not None)
         if source.generate:
