@@ -27,7 +27,8 @@ class ModelSettings(Section):
     from_config: dict[str, Part] | None = Field(
         None,
         description="Start from scratch: for each of unet, vae, text_encoder, tokenizer and scheduler its "
-        "configuration values, or the folder or hub id to load that part from.",
+        "configuration values, or the folder or hub id to load that part from. A text encoder is a CLIPTextModel, or "
+        "what its `_class_name` or its own config.json says: BertModel, T5EncoderModel.",
     )
     vae: str | None = Field(None, description="Folder, hub id or single file of another VAE than the base's.")
     variant: str | None = Field(None, description="Variant of the weight files, such as fp16.")
