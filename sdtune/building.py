@@ -23,7 +23,8 @@ from sdtune.data.examples import Example, Known, nothing_known
 from sdtune.data.picture import MASK
 from sdtune.data.sources import Source, load_source
 from sdtune.data.store import Stores
-from sdtune.diffusion.objectives import Objective
+from sdtune.diffusion.objectives import PLAIN, Objective
+from sdtune.diffusion.schedule import Prediction
 from sdtune.errors import DataError, UsageError
 from sdtune.families import family_class
 from sdtune.families.base import Family
@@ -85,9 +86,8 @@ def open_family(
         widen(family.modules[family.denoiser])
     if family.scheduler:
         family.scheduler = adjusted(family.scheduler, prediction, zero_terminal_snr)
-    unet = family.modules.get("unet")
-    if unet is not None and unet.config.sample_size is None and size is not None:
-        unet.register_to_config(sample_size=[side // family.factor for side in size])
+    if size is not None:
+        family.note_size(*size)
     return family
 
 
@@ -153,7 +153,7 @@ def place(family: Family, device: torch.device, half: torch.dtype | None) -> Non
     Call it after the adapter is attached.
     """
     for name, network in family.modules.items():
-        move(network, device, None if name == "vae" else half)
+        move(network, device, None if name == family.autoencoder else half)
 
 
 def move(network: nn.Module, device: torch.device, half: torch.dtype | None) -> None:
@@ -165,8 +165,12 @@ def move(network: nn.Module, device: torch.device, half: torch.dtype | None) -> 
 
 
 @contextmanager
-def visiting(network: Any, device: torch.device) -> Iterator[None]:
-    """Within: the network is on that device; afterwards where it was."""
+def decoding(family: Family, device: torch.device) -> Iterator[None]:
+    """Within: the autoencoder, if there is one, is on that device; afterwards where it was."""
+    if family.autoencoder is None:
+        yield
+        return
+    network = family.modules[family.autoencoder]
     before = network.device
     network.to(device)
     try:
@@ -205,8 +209,8 @@ def check_tokens(recipe: Recipe, sources: Sequence[Source]) -> None:
 
 def learning_networks(recipe: Recipe, family: Family) -> list[str]:
     """Names of the networks that the adapter is attached to. (Tokens find their text encoders by themselves.)"""
-    if recipe.task == "autoencoding":
-        return ["vae"]
+    if recipe.task == "autoencoding" and family.autoencoder is not None:
+        return [family.autoencoder]
     return [family.denoiser, *(family.text_encoders if recipe.adapter.text_encoder else ())]
 
 
@@ -253,7 +257,7 @@ def make_task(recipe: Recipe, family: Family, stores: Stores | None = None) -> T
         )
     return DenoisingTask(
         family,
-        objective=make_objective(recipe),
+        objective=make_objective(recipe, family),
         cache=recipe.train.cache,
         cache_text=recipe.train.ema is None or not recipe.adapter.text_encoder,
         own_masks=recipe.images.masks == "given",
@@ -261,10 +265,21 @@ def make_task(recipe: Recipe, family: Family, stores: Stores | None = None) -> T
     )
 
 
-def make_objective(recipe: Recipe) -> Objective:
-    """How a denoiser's answers are judged; what the network predicts is the family's."""
+def make_objective(recipe: Recipe, family: Family) -> Objective:
+    """How a denoiser's answers are judged; what the network predicts is the family's.
+
+    Raises:
+        UsageError: it predicts the score, whose loss is one of its own, and there are settings of other losses.
+    """
     settings = recipe.objective.model_dump(exclude={"prediction", "zero_terminal_snr"})
-    return Objective(**settings)
+    objective = Objective(**settings)
+    if family.schedule.prediction is Prediction.SCORE and objective != PLAIN:
+        given = [f"objective.{name}" for name, value in settings.items() if value != getattr(PLAIN, name)]
+        raise UsageError(
+            f"{given[0]}: the model predicts {Prediction.SCORE.value}, whose loss is the squared error summed over the "
+            f"pixels, as it stands; remove {' and '.join(given)}"
+        )
+    return objective
 
 
 def make_source(recipe: Recipe, settings: DataSource) -> Source:

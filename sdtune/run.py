@@ -135,7 +135,8 @@ class Run:
         captions = [*self.training.captions(self.recipe.train.steps), *(picture.captions[0] for picture in measured)]
         with self.accelerator.autocast():
             caching.fill_stores(self.stores, known, self.task, views, captions)
-        self.family.modules["vae"].to("cpu")  # its work is done but for samples, for which it comes back
+        if self.family.autoencoder is not None:  # its work is done but for samples, for which it comes back
+            self.family.modules[self.family.autoencoder].to("cpu")
 
     def make_learning(self) -> None:
         """Attach the adapter, join family and objective in a task, and prepare all for the device."""
@@ -312,8 +313,7 @@ class Run:
             seeds = [settings.seed + i for i in range(len(settings.prompts))]
             options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance}
             options |= {"sampler": settings.sampler} if settings.sampler else {}
-            vae = building.visiting(self.family.modules["vae"], self.accelerator.device)
-            with self.averaged(), self.accelerator.autocast(), vae:
+            with self.averaged(), self.accelerator.autocast(), building.decoding(self.family, self.accelerator.device):
                 size: dict[str, Any] = {"height": self.height, "width": self.width}
                 sources = [self.validation] if self.held_out else self.sources
                 shown = building.make_shown(self.recipe, sources, len(seeds)) if self.family.inpaints else None

@@ -114,7 +114,8 @@ def pipeline_words(family: Family, prompts: list[str], kind: str) -> dict[str, T
     """Prompts as a pipeline's keyword arguments, encoded exactly as in training."""
     conditioning: Conditioning = family.encode_text(prompts)
     network = family.modules[family.denoiser]
-    words = {f"{kind}prompt_embeds": conditioning.text.to(network.dtype)}
+    text = conditioning.text  # class numbers stay whole
+    words = {f"{kind}prompt_embeds": text.to(network.dtype) if text.is_floating_point() else text}
     if conditioning.pooled is not None:
         words[f"{kind}pooled_prompt_embeds"] = conditioning.pooled.to(network.dtype)
     return words
@@ -219,10 +220,9 @@ def command(
     prepare()
     device, precision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp16"
     family = open_model(model, lora, device=device, precision=precision)
-    if steps > len(family.schedule):
-        raise UsageError(
-            f"--steps: got {steps}, but this model knows {len(family.schedule)} noise levels; 20 to 50 are usual"
-        )
+    levels = family.schedule.levels
+    if levels is not None and steps > levels:
+        raise UsageError(f"--steps: got {steps}, but this model knows {levels} noise levels; 20 to 50 are usual")
     check_thresholding(family, dynamic_thresholding)
     make_sampler(family.scheduler, sampler, dynamic_thresholding)  # refused here, if at all
     lengthen(family, [*prompts, negative_prompt])
@@ -269,7 +269,9 @@ def picture_size(family: Family, height: int | None, width: int | None) -> tuple
 
 
 def lengthen(family: Family, prompts: Sequence[str]) -> None:
-    """Let the family read as many chunks of tokens as the longest prompt has, up to 3."""
+    """Let a family that reads tokens read as many chunks of them as the longest prompt has, up to 3."""
+    if not family.tokenizers:
+        return
     longest = max(
         len(ids)
         for tokenizer in family.tokenizers.values()

@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +35,15 @@ class Draws:
     """The random numbers of a batch; row i belongs to sample i.
 
     Attributes:
-        posterior: standard normal, (B, C, h, w): which latents stand for a picture.
+        posterior: standard normal, (B, C, h, w): which latents stand for a picture; None without an autoencoder.
         noise: standard normal, (B, C, h, w): what is added to them; None for autoencoding.
-        t: timesteps, int64, (B,); None for autoencoding.
+        t: timesteps of the schedule, (B,); None for autoencoding.
         shown: the noise that the network sees where it is not `noise` (input perturbation), (B, C, h, w).
         hidden: uint8, white is to be painted, (B, 1, H, W); inpainting only.
         rest: standard normal, (B, C, h, w): which latents stand for what is not hidden; inpainting only.
     """
 
-    posterior: Tensor
+    posterior: Tensor | None = None
     noise: Tensor | None = None
     t: Tensor | None = None
     shown: Tensor | None = None
@@ -116,7 +116,8 @@ class DenoisingTask:
         self.family, self.objective, self.own_masks = family, objective, own_masks
         self.modules = family.modules
         self.schedule = family.schedule
-        self.latents = RowCache(stores.latents if stores else None) if cache else None
+        keep = cache and family.autoencoder is not None  # without one there is nothing that would take long
+        self.latents = RowCache(stores.latents if stores else None) if keep else None
         made_before = stores.text if stores and not self.text_learns else None
         self.text = RowCache(made_before) if cache and cache_text else None
 
@@ -128,7 +129,7 @@ class DenoisingTask:
     def draw(self, batch: Batch, seed: int) -> Draws:
         """See `Task.draw`."""
         rows = [(number, int(i >= batch.instances)) for i, number in enumerate(batch.numbers)]  # 1: class pictures
-        t = [draws.integer(len(self.schedule), seed, "timestep", *row) for row in rows]
+        t = [self.schedule.time(draws.uniform(seed, "timestep", *row)) for row in rows]
         drawn = self.noises(batch, seed, "", rows, t)
         strength = self.objective.input_perturbation
         if strength == 0 or drawn.noise is None:
@@ -139,13 +140,15 @@ class DenoisingTask:
     def draw_fixed(self, batch: Batch, seed: int, total: int) -> Draws:
         """See `Task.draw_fixed`."""
         rows = [(number,) for number in batch.numbers]
-        t = [int((number + 0.5) / total * len(self.schedule)) for number in batch.numbers]
+        t = [self.schedule.time((number + 0.5) / total) for number in batch.numbers]
         return self.noises(batch, seed, "validation ", rows, t)
 
-    def noises(self, batch: Batch, seed: int, purpose: str, rows: Sequence[tuple[int, ...]], t: list[int]) -> Draws:
+    def noises(self, batch: Batch, seed: int, purpose: str, rows: Sequence[tuple[int, ...]], t: list[float]) -> Draws:
         """Posterior draw and noise of each row, beside given timesteps."""
         shape = self.family.latent_shape(*batch.frame)
-        posterior = torch.stack([draws.normal(shape, seed, f"{purpose}posterior", *row) for row in rows])
+        posterior = None
+        if self.family.autoencoder is not None:
+            posterior = torch.stack([draws.normal(shape, seed, f"{purpose}posterior", *row) for row in rows])
         noise = torch.stack([draws.normal(shape, seed, f"{purpose}noise", *row) for row in rows])
         if self.objective.offset_noise > 0:
             levels = [draws.normal((shape[0], 1, 1), seed, f"{purpose}offset noise", *row) for row in rows]
@@ -168,7 +171,7 @@ class DenoisingTask:
         """See `Task.losses`."""
         assert drawn.noise is not None and drawn.t is not None
         mean, std = self.encode_images(batch)
-        x0 = mean + std * drawn.posterior  # (B, C, h, w)
+        x0 = mean if drawn.posterior is None else mean + std * drawn.posterior  # (B, C, h, w)
         conditioning = self.family.with_sizes(self.encode_text(batch.captions), sizes(batch))
         if drawn.hidden is not None and drawn.rest is not None and batch.pixels is not None:
             with torch.no_grad():
@@ -203,7 +206,8 @@ class DenoisingTask:
 
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents, (B, C, h, w) each, of pixels (B, 3, H, W), uint8, on any device."""
-        return self.family.encode_images(to_float(pixels.to(self.modules["vae"].device)))
+        encoder: Any = self.modules[self.family.autoencoder or self.family.denoiser]
+        return self.family.encode_images(to_float(pixels.to(encoder.device)))
 
     def encode_text(self, captions: list[str]) -> Conditioning:
         """Embeddings of captions; from memory where they are known and cannot change."""
@@ -230,7 +234,7 @@ class AutoencodingTask:
     """
 
     def __init__(self, family: Family, *, l1: float = 1.0, l2: float = 1.0, kl: float = 1e-4) -> None:
-        if "vae" not in family.modules:
+        if family.autoencoder is None or family.autoencoder not in family.modules:
             raise WeightsError(
                 "task autoencoding trains a VAE, and the model has none; give model.from_config.vae or model.base"
             )
@@ -254,7 +258,7 @@ class AutoencodingTask:
     def losses(self, batch: Batch, drawn: Draws) -> Tensor:
         """See `Task.losses`."""
         vae = self.modules["vae"]
-        assert batch.pixels is not None
+        assert batch.pixels is not None and drawn.posterior is not None
         pixels = to_float(batch.pixels)  # (B, 3, H, W)
         posterior = vae.encode(pixels).latent_dist
         z = posterior.mean + posterior.std * drawn.posterior  # (B, C, h, w)

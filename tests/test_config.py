@@ -128,7 +128,7 @@ def test_the_message_reads_as_in_the_style_page(bare: Path) -> None:
         ("train.steps.x=3", "train.steps.x", "'train.steps' is 10, not a section"),
         ("train.ema=1.5", "train.ema", "got 1.5, expected a number greater than 0 and less than 1 or null"),
         ("images.max_tokens=77", "images.max_tokens", "got 77, expected one of 75, 150, 225"),
-        ("images.resolution=[64]", "images.resolution", "got [64], expected a multiple of 8, or [height, width]"),
+        ("images.resolution=[64]", "images.resolution", "got [64], expected at least 8, or [height, width]"),
         ("images.bucket_step=64", "images.bucket_step", "is read with images.buckets: true only; remove it"),
         ("images.upscale=true", "images.upscale", "is read with images.buckets: true only; remove it"),
         ("images.keep_tags=1", "images.keep_tags", "is read with images.tag_shuffle: true only; remove it"),

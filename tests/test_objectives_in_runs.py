@@ -128,7 +128,7 @@ def test_masks_weigh_the_loss_at_the_size_of_latents(sd: Path, photos: Path, tmp
 def test_a_run_takes_every_setting(sd: Path, photos: Path, tmp_path: Path, objective: Sections):
     run = finished(make_recipe(sd, photos, tmp_path / "run", objective=objective))
     assert run.task.objective == Objective(**objective)
-    assert building.make_objective(make_recipe(sd, photos, tmp_path / "run")) == Objective()
+    assert building.make_objective(make_recipe(sd, photos, tmp_path / "run"), run.family) == Objective()
 
 
 @pytest.mark.parametrize("adapter", [{"kind": "full"}, {"kind": "lora"}], ids=["full", "lora"])

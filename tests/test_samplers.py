@@ -23,6 +23,7 @@ SD15 = {
     "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1,
 }  # fmt: skip
+OF_DIFFUSERS = [name for name, config in SAMPLERS.items() if config["_class_name"] != "ScoreSampler"]
 
 
 def pictures(family: Any, sampler: str | None, **options: Any) -> np.ndarray:
@@ -30,7 +31,7 @@ def pictures(family: Any, sampler: str | None, **options: Any) -> np.ndarray:
     return np.stack([np.asarray(x) for x in draw_pictures(family, ["a dog"] * 2, [1, 2], sampler=sampler, **options)])
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", OF_DIFFUSERS)
 def test_each_draws_what_diffusers_draws_with_it(name: str, sd: Path) -> None:
     family = StableDiffusion.load(str(sd))
     family.scheduler = dict(SD15)
@@ -73,7 +74,7 @@ def test_the_tiny_base_draws_the_right_things_with_each(name: str) -> None:
 
 def test_the_models_schedule_is_kept() -> None:
     own = make_sampler(SD15)
-    for name in SAMPLERS:
+    for name in OF_DIFFUSERS:
         sampler = make_sampler(SD15 | {"prediction_type": "v_prediction"}, name)
         assert sampler.config.prediction_type == "v_prediction"
         assert torch.equal(sampler.betas, own.betas)
@@ -89,6 +90,12 @@ def test_what_a_sampler_cannot_draw_is_refused_with_those_that_can() -> None:
         make_sampler(StableDiffusion.load(resolve_asset("tiny"), parts=["scheduler"]).scheduler, "heun")
     for config in (x0, zero_snr):
         make_sampler(config, "ddim")
+    for config, name, others in (
+        (SD15, "probability-flow", "ddpm, .*, heun$"),
+        ({"prediction_type": "ve_score"}, "ddim", "euler-maruyama, predictor-corrector, probability-flow$"),
+    ):
+        with pytest.raises(UsageError, match=f"'{name}' cannot draw with this model, .*; expected one of {others}"):
+            make_sampler(config, name)
     with pytest.raises(UsageError, match="'ddmi' is not known; expected one of ddpm, ddim, .*, heun"):
         make_sampler(SD15, "ddmi")
 

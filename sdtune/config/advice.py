@@ -2,7 +2,7 @@
 
 WHEN = {
     "task": "autoencoding to train a VAE, for pictures that the base's VAE blurs.",
-    "model.family": "sdxl for Stable Diffusion XL.",
+    "model.family": "sdxl for Stable Diffusion XL; pixel for small pictures from scratch, such as digits.",
     "model.base": "Always: it decides what the model knows already, and which programs can use the result.",
     "model.from_config": "For research and for small models; a useful model from scratch takes very many pictures.",
     "model.vae": "When fp16 gives black pictures with SDXL, or a better VAE is known for the base.",

@@ -10,8 +10,6 @@ from sdtune.config.recipe import TARGET_PRESETS, DataSource, Images, Recipe, Sec
 from sdtune.config.shipped import TINY, resolve_asset
 from sdtune.hub_access import looks_like_hub_id
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-SDXL_PARTS = ("text_encoder_2", "tokenizer_2")
 DENOISING_ONLY = (
     "objective",
     "model.clip_skip",
@@ -147,10 +145,12 @@ def _start(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _parts(recipe: Recipe) -> Iterator[Fault]:
+    from sdtune.families import PARTS
+
     parts = recipe.model.from_config
-    if parts is None:
+    if parts is None or recipe.model.family not in PARTS:
         return
-    needed = PARTS + SDXL_PARTS * (recipe.model.family == "sdxl")
+    needed: tuple[str, ...] = PARTS[recipe.model.family]
     if recipe.task == "autoencoding":
         needed = ("vae",)
     for name in parts:
@@ -318,6 +318,11 @@ def _schedule(recipe: Recipe) -> Iterator[Fault]:
 def _images(recipe: Recipe) -> Iterator[Fault]:
     from PIL import ImageColor
 
+    from sdtune.families import SIDES
+
+    resolution, step = recipe.images.resolution, SIDES.get(recipe.model.family, 1)
+    if any(side % step for side in ([resolution] if isinstance(resolution, int) else resolution)):
+        yield "images.resolution", f"got {show(resolution)}, expected a multiple of {step}, or [height, width]"
     try:
         ImageColor.getrgb(recipe.images.background)
     except ValueError:

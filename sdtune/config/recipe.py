@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 Count = Annotated[int, Field(ge=1)]
 Part = dict[str, Any] | str
+SMALLEST_SIDE = 8  # pixels
 TARGET_PRESETS = ("attention", "attention+feedforward", "all")
 
 
@@ -26,9 +27,9 @@ class ModelSettings(Section):
     )
     from_config: dict[str, Part] | None = Field(
         None,
-        description="Start from scratch: for each of unet, vae, text_encoder, tokenizer and scheduler its "
-        "configuration values, or the folder or hub id to load that part from. A text encoder is a CLIPTextModel, or "
-        "what its `_class_name` or its own config.json says: BertModel, T5EncoderModel.",
+        description="Start from scratch: for each of unet, vae, text_encoder, tokenizer and scheduler (family pixel: "
+        "denoiser and scheduler) its configuration values, or the folder or hub id to load that part from. A text "
+        "encoder is a CLIPTextModel, or what its `_class_name` or its own config.json says: BertModel, T5EncoderModel.",
     )
     vae: str | None = Field(None, description="Folder, hub id or single file of another VAE than the base's.")
     variant: str | None = Field(None, description="Variant of the weight files, such as fp16.")
@@ -119,8 +120,10 @@ class AdapterSettings(Section):
 class Objective(Section):
     """What the loss of a denoiser is."""
 
-    prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
-        "auto", description="What the network predicts (sample: the clean latents); auto: what its scheduler says."
+    prediction: Literal["auto", "epsilon", "v_prediction", "sample", "ve_score"] = Field(
+        "auto",
+        description="What the network predicts (sample: the clean latents; ve_score: the score under variance "
+        "exploding noise, family pixel); auto: what its scheduler says.",
     )
     loss: Literal["l2", "l1", "huber"] = Field("l2", description="Squared or absolute error, or Huber's mixture.")
     huber_delta: float = Field(0.1, gt=0, description="Error at which Huber's loss turns from a parabola into a line.")
@@ -209,10 +212,10 @@ class Images(Section):
 
     @field_validator("resolution")
     @classmethod
-    def _multiples_of_eight(cls, resolution: int | list[int]) -> int | list[int]:
+    def _sides(cls, resolution: int | list[int]) -> int | list[int]:
         sides = [resolution] if isinstance(resolution, int) else resolution
-        if len(sides) != (1 if isinstance(resolution, int) else 2) or any(side < 8 or side % 8 for side in sides):
-            raise ValueError("expected a multiple of 8, or [height, width]")
+        if len(sides) != (1 if isinstance(resolution, int) else 2) or min(sides) < SMALLEST_SIDE:
+            raise ValueError(f"expected at least {SMALLEST_SIDE}, or [height, width]")
         return resolution
 
 

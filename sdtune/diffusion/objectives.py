@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdtune.diffusion.schedule import NoiseSchedule, Prediction
+from sdtune.diffusion.schedule import Prediction
+from sdtune.diffusion.ve import Schedule, VarianceExploding, score_loss
 
 Loss = Literal["l2", "l1", "huber"]
 
@@ -51,7 +52,7 @@ def denoising_loss(
     x0: Tensor,
     eps: Tensor,
     t: Tensor,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     objective: Objective = PLAIN,
     shown: Tensor | None = None,
     mask: Tensor | None = None,
@@ -59,10 +60,11 @@ def denoising_loss(
     """Error of the network's prediction, one a sample.
 
     Args:
-        predict: the network with its conditioning bound: (x_t, t) -> epsilon, v or x0, as `schedule.prediction` says.
+        predict: the network with its conditioning bound: (x_t, t) -> epsilon, v, x0 or score, as
+            `schedule.prediction` says. Of a score `score_loss` is the error, and `objective` and `mask` are not read.
         x0: clean latents, shape (B, C, H, W).
         eps: the noise that is asked for, of the same shape.
-        t: timesteps in [0, T), int64, shape (B,).
+        t: timesteps of the schedule, shape (B,).
         schedule: noise levels, and what the network predicts.
         objective: how the answer is judged.
         shown: the noise that the network sees (see `perturb`); None: `eps`.
@@ -74,7 +76,10 @@ def denoising_loss(
     Source: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", eq. 14.
     """
     x_t = schedule.add_noise(x0, eps if shown is None else shown, t)  # (B, C, H, W)
-    answer, target = predict(x_t, t).float(), schedule.target(x0, eps, t).float()
+    answer = predict(x_t, t).float()
+    if isinstance(schedule, VarianceExploding):
+        return score_loss(answer, eps, schedule.std(t))
+    target = schedule.target(x0, eps, t).float()
     error = elementwise_error(answer, target, objective.loss, objective.huber_delta)  # (B, C, H, W)
     if mask is None or objective.outside_mask is None:
         loss = error.flatten(1).mean(dim=1)  # (B,)
@@ -183,6 +188,7 @@ def debiased_weight(alpha_bar: Tensor, prediction: Prediction) -> Tensor:
             return snr.sqrt() / (snr + 1)
         case Prediction.X0:
             return snr.sqrt()
+    raise ValueError(f"debiased weighting knows epsilon, v and x0, got {prediction}")
 
 
 def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction: Prediction) -> Tensor:
@@ -209,6 +215,7 @@ def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction: Prediction) -> T
             return clamped / (snr + 1)
         case Prediction.X0:
             return clamped
+    raise ValueError(f"min-SNR weighting knows epsilon, v and x0, got {prediction}")
 
 
 def reconstruction_loss(

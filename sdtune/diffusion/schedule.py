@@ -23,6 +23,7 @@ class Prediction(Enum):
     EPSILON = "epsilon"  # the noise
     V = "v_prediction"  # the velocity, Salimans & Ho 2022
     X0 = "sample"  # the clean latents
+    SCORE = "ve_score"  # the gradient of log p_t, under the variance exploding schedule alone (our name)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class NoiseSchedule:
             WeightsError: a value is not known here, or the scheduler is one of flow matching.
         """
         _refuse_flow(config)
-        prediction = _choice(config, "prediction_type", "epsilon", [kind.value for kind in Prediction])
+        known = [kind.value for kind in Prediction if kind is not Prediction.SCORE]
+        prediction = _choice(config, "prediction_type", "epsilon", known)
         alpha_bar = torch.cumprod(1 - _betas(config), dim=0)  # (T,)
         if config.get("rescale_betas_zero_snr"):
             alpha_bar = _rescale_to_zero_terminal_snr(alpha_bar)
@@ -57,9 +59,22 @@ class NoiseSchedule:
         """T, the number of timesteps."""
         return len(self.alpha_bar)
 
+    @property
+    def levels(self) -> int | None:
+        """How many noise levels there are; None would be a continuum."""
+        return len(self)
+
     def to(self, device: torch.device | str) -> "NoiseSchedule":
         """The same schedule with its table on `device`."""
         return NoiseSchedule(self.alpha_bar.to(device), self.prediction)
+
+    def time(self, u: float) -> int:
+        """The timestep that a number in [0, 1) stands for."""
+        return int(u * len(self))
+
+    def fraction(self, t: Tensor) -> Tensor:
+        """Where in [0, 1) timesteps lie, float32, (B,), for networks that count time so."""
+        return t / len(self)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t, the noisy latents at timesteps `t`.
@@ -89,6 +104,7 @@ class NoiseSchedule:
                 return self.velocity(x0, eps, t)
             case Prediction.X0:
                 return x0
+        raise ValueError(f"a discrete schedule has no target for {self.prediction}")
 
     def _levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at `t`, shaped to multiply with `like`."""

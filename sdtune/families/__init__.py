@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "stable-diffusion": "sdtune.families.stable_diffusion:StableDiffusion",
     "sdxl": "sdtune.families.sdxl:StableDiffusionXL",
+    "pixel": "sdtune.families.pixel:Pixel",
 }
 
 # What `sdtune sample --sampler` and validate.samples.sampler name: a scheduler of diffusers, and what it is set to.
@@ -23,7 +24,21 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "euler": {"_class_name": "EulerDiscreteScheduler"},
     "euler-ancestral": {"_class_name": "EulerAncestralDiscreteScheduler"},
     "heun": {"_class_name": "HeunDiscreteScheduler"},
+    # of score models (families/score_sampler.py)
+    "euler-maruyama": {"_class_name": "ScoreSampler", "method": "euler-maruyama"},
+    "predictor-corrector": {"_class_name": "ScoreSampler", "method": "predictor-corrector"},
+    "probability-flow": {"_class_name": "ScoreSampler", "method": "probability-flow"},
 }
+
+# What `model.from_config` holds of each, and the folders of a saved one.
+PARTS = {
+    "stable-diffusion": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+    "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"),
+    "pixel": ("denoiser", "scheduler"),
+}
+
+# What the sides of pictures are multiples of, as far as it is known before a model is opened.
+SIDES = {"stable-diffusion": 8, "sdxl": 8, "pixel": 1}
 
 
 def family_class(name: str) -> "type[Family]":

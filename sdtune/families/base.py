@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from sdtune.diffusion.schedule import NoiseSchedule
+from sdtune.diffusion.ve import Schedule
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -18,7 +18,7 @@ class Conditioning:
     """What the denoiser is told besides the noisy latents; row i belongs to sample i.
 
     Attributes:
-        text: token embeddings, (B, L, D).
+        text: token embeddings, (B, L, D); of families that know classes their numbers, int64, (B,).
         pooled: one embedding a caption, (B, P); SDXL only.
         time_ids: original height and width, crop top and left, target height and width in pixels, (B, 6); SDXL only.
         beside: channels that stand beside the noisy latents (`hidden_and_rest`), (B, 1 + C, h, w); inpainting only.
@@ -40,10 +40,12 @@ class Family(Protocol):
 
     modules: Mapping[str, Any]  # nn.Module; each has a config of its own kind
     denoiser: str
+    autoencoder: str | None  # the network that makes latents; None where pictures are denoised as they are
     text_encoders: tuple[str, ...]
+    parts: tuple[str, ...]  # of a pipeline folder, and of from_config
     factor: int  # how many pixels lie along the side of a latent
     pipeline_names: tuple[str, ...]  # the diffusers pipelines that it opens, as model_index.json names them
-    schedule: NoiseSchedule
+    schedule: Schedule
     scheduler: dict[str, Any]  # scheduler_config.json
     tokenizers: Mapping[str, Any]
     max_tokens: int  # of a caption that are read, in chunks of 75
@@ -71,6 +73,10 @@ class Family(Protocol):
         """Height and width, in pixels, of the pictures that the model was made for."""
         ...
 
+    def note_size(self, height: int, width: int) -> None:
+        """Write that size into the denoiser's configuration, where it says none."""
+        ...
+
     def unread(self, name: str) -> tuple[str, ...]:
         """Parts of parameter names of a network that `predict` and `encode_text` never come by: they cannot learn."""
         ...
@@ -80,7 +86,10 @@ class Family(Protocol):
         ...
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the scaled latents, (B, C, h, w) each, of pixels (B, 3, H, W) in [-1, 1]."""
+        """Mean and deviation of the scaled latents, (B, C, h, w) each, of pixels (B, 3, H, W) in [-1, 1].
+
+        Without an autoencoder the deviation is 0.
+        """
         ...
 
     def decode_images(self, latents: Tensor) -> Tensor:
@@ -108,7 +117,7 @@ class Family(Protocol):
         ...
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's answer (epsilon or v, as `schedule.prediction` says), (B, C, h, w)."""
+        """The network's answer (epsilon, v, x0 or score, as `schedule.prediction` says), (B, C, h, w)."""
         ...
 
     def pipeline(self) -> "DiffusionPipeline":

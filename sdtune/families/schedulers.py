@@ -23,7 +23,7 @@ SAMPLER = {
 def make_sampler(
     scheduler: Mapping[str, Any], name: str | None = None, dynamic_thresholding: float | None = None
 ) -> Any:
-    """The scheduler of diffusers with which a model's pictures are drawn.
+    """The scheduler of diffusers, or `ScoreSampler`, with which a model's pictures are drawn.
 
     Args:
         scheduler: scheduler_config.json of the model; its betas and what its network predicts are kept.
@@ -112,7 +112,11 @@ class LateStart:
 
 
 def scheduler_class(config: Mapping[str, Any]) -> Any:
-    """The class that a scheduler_config.json names."""
+    """The class that a scheduler_config.json names: one of diffusers, or for score models our `ScoreSampler`."""
+    if config["_class_name"] == "ScoreSampler":
+        from sdtune.families.score_sampler import ScoreSampler
+
+        return ScoreSampler
     import diffusers
 
     return getattr(diffusers, config["_class_name"])
@@ -121,8 +125,10 @@ def scheduler_class(config: Mapping[str, Any]) -> Any:
 def ends_in_noise(config: Mapping[str, Any]) -> bool:
     """Whether next to nothing is left of the picture at the last timestep; of Stable Diffusion 1.5 it is 1 in 200."""
     from sdtune.diffusion.schedule import NoiseSchedule
+    from sdtune.diffusion.ve import read_schedule
 
-    return NoiseSchedule.from_config(config).alpha_bar[-1].item() < 1e-4
+    schedule = read_schedule(config)
+    return isinstance(schedule, NoiseSchedule) and schedule.alpha_bar[-1].item() < 1e-4
 
 
 def can_draw(config: Mapping[str, Any]) -> bool:
@@ -130,6 +136,9 @@ def can_draw(config: Mapping[str, Any]) -> bool:
     import torch
 
     kind = scheduler_class(config)
+    predicts_score = config.get("prediction_type") == "ve_score"
+    if predicts_score or kind.__name__ == "ScoreSampler":
+        return predicts_score and kind.__name__ == "ScoreSampler"
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
         return False
     if kind.__name__ == "HeunDiscreteScheduler" and ends_in_noise(config):

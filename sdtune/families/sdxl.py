@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sdtune.families import fingerprints, text_encoders
+from sdtune.families import PARTS, fingerprints, text_encoders
 from sdtune.families.base import Conditioning
 from sdtune.families.inpainting import with_channels
 from sdtune.families.stable_diffusion import StableDiffusion
@@ -24,7 +24,7 @@ class StableDiffusionXL(StableDiffusion):
 
     text_encoders = ("text_encoder", "text_encoder_2")
     text_kinds = {"text_encoder": ("CLIPTextModel",), "text_encoder_2": ("CLIPTextModelWithProjection",)}
-    parts = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    parts = PARTS["sdxl"]
     pipeline_names = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
 
     zero_empty = True  # whether an empty prompt is all zeros: `force_zeros_for_empty_prompt` of model_index.json

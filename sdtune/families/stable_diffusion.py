@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sdtune.diffusion.schedule import NoiseSchedule
 from sdtune.errors import UsageError, WeightsError
-from sdtune.families import fingerprints, single_file, text_encoders
+from sdtune.families import PARTS, fingerprints, single_file, text_encoders
 from sdtune.families.base import Conditioning
 from sdtune.families.inpainting import masked_channels, with_channels
 from sdtune.families.loading import (
@@ -42,9 +42,10 @@ class StableDiffusion:
     """
 
     denoiser = "unet"
+    autoencoder = "vae"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     text_kinds: Mapping[str, tuple[str, ...]] = {"text_encoder": ("CLIPTextModel", "BertModel", "T5EncoderModel")}
-    parts: tuple[str, ...] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    parts: tuple[str, ...] = PARTS["stable-diffusion"]
     pipeline_names: tuple[str, ...] = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 
     def __init__(
@@ -248,6 +249,12 @@ class StableDiffusion:
             )
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.factor, width * self.factor
+
+    def note_size(self, height: int, width: int) -> None:
+        """See `Family.note_size`."""
+        unet = self.modules.get("unet")
+        if unet is not None and unet.config.sample_size is None:
+            unet.register_to_config(sample_size=[height // self.factor, width // self.factor])
 
     def unread(self, name: str) -> tuple[str, ...]:
         """See `Family.unread`: the layers that clip skip leaves out, and the input of distilled UNets for guidance."""

@@ -1,6 +1,7 @@
 """Every shipped recipe is run, for two small steps; small random models stand where it names a large one."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from sdtune.config import DataSource, Recipe, load, resolve_asset
 from sdtune.data.metadata import read_rows, write_rows
+from sdtune.families.inpainting import masked_channels
 from sdtune.opening import open_model
 from sdtune.run import Run
 from tests.factories import (
@@ -74,14 +76,24 @@ def make_part(folder: Path, part: str) -> None:
         make_tokenizer().save_pretrained(folder)
 
 
-def make_source(source: DataSource, masks: bool) -> None:
+def make_source(source: DataSource, masks: bool, classes: Sequence[str] = ()) -> None:
     """A folder of pictures where the recipe's own is not here. (Class pictures are for the base to draw.)"""
     assert source.path is not None
-    if not source.generate and not any(Path(resolve_asset(source.path)).glob("*")):
-        folder = make_photos(Path(source.path), 3)
+    place = Path(resolve_asset(source.path))
+    there = (place / source.split).exists() or any(file.is_file() for file in place.glob("*"))
+    if not source.generate and not there:
+        folder = make_photos(place / source.split, 3)
+        if classes:
+            write_rows(folder, [{**row, "text": classes[0]} for row in read_rows(folder)])
         if masks:
             Image.linear_gradient("L").resize((64, 64)).save(folder / "mask.png")
             write_rows(folder, [{**row, "mask_file_name": "mask.png"} for row in read_rows(folder)])
+
+
+def classes_of(recipe: Recipe) -> Sequence[str]:
+    """The only captions that the recipe's model knows; empty where it reads any."""
+    denoiser = (recipe.model.from_config or {}).get("denoiser", {})
+    return denoiser.get("classes", ()) if isinstance(denoiser, dict) else ()
 
 
 def small(path: Path) -> Recipe:
@@ -101,12 +113,13 @@ def small(path: Path) -> Recipe:
     if recipe.train.compile:
         changes["train.compile"] = False  # it takes minutes; tests/test_compile.py has it
     for number, source in enumerate(recipe.data):
-        make_source(source, recipe.objective.outside_mask is not None)
+        make_source(source, recipe.objective.outside_mask is not None, classes_of(recipe))
         if source.generate:
             changes |= {f"data.{number}.generate": 2, f"data.{number}.drawing.steps": 2}
     if recipe.validation.samples:
         word = " ".join(token.token for token in recipe.adapter.tokens or [])
-        changes |= {"validate.samples.prompts": f"[a dog {word}]", "validate.samples.steps": 2}
+        prompt = next(iter(classes_of(recipe)), f"a dog {word}")
+        changes |= {"validate.samples.prompts": f"['{prompt}']", "validate.samples.steps": 2}
     return load(path, [f"{key}={value}" for key, value in changes.items()])
 
 
@@ -140,11 +153,15 @@ def assert_opens(run: Run) -> None:
     if run.recipe.model.quantize:  # it is opened with its base as it was
         return
     opened, answers = open_model(str(run.folder.path), device=torch.device("cpu")), []
-    _, height, width = run.family.latent_shape(64, 64)
-    x_t = torch.randn(1, run.family.modules["unet"].config.in_channels, height, width)
+    channels, height, width = run.family.latent_shape(64, 64)
+    if run.family.inpaints:
+        channels = masked_channels(channels)
+    x_t = torch.randn(1, channels, height, width)
+    t = torch.tensor([run.family.schedule.time(0.5)])
+    prompt = next(iter(classes_of(run.recipe)), "a dog")
     for family in (run.family, opened):
         for network in family.modules.values():
             network.eval()
-        conditioning = family.with_sizes(family.encode_text(["a dog"]), [(64, 64, 0, 0, 64, 64)])
-        answers.append(family.predict(x_t, torch.tensor([500]), conditioning))
+        conditioning = family.with_sizes(family.encode_text([prompt]), [(64, 64, 0, 0, 64, 64)])
+        answers.append(family.predict(x_t, t, conditioning))
     torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,113 @@
+"""The variance exploding process: pictures stay as they are, and ever more noise is added, in continuous time.
+
+    x_t = x0 + std(t) * eps,    std(t)^2 = (sigma^(2t) - 1) / (2 ln sigma),    t in [0, 1]
+
+It is the solution of dx = sigma^t dw. The network learns the score, the gradient of log p_t(x_t).
+
+Source: Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential Equations", section 3.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdtune.diffusion.schedule import NoiseSchedule, Prediction
+from sdtune.errors import WeightsError
+
+FIRST = 1e-5  # the smallest time, for at 0 there is no noise to learn from
+
+
+@dataclass(frozen=True)
+class VarianceExploding:
+    """The noise schedule of score models.
+
+    Attributes:
+        sigma: how fast the noise grows; 25 for pictures of 28 px. Above 1.
+    """
+
+    sigma: float = 25.0
+    prediction = Prediction.SCORE
+
+    @property
+    def levels(self) -> int | None:
+        """None: there is a noise level for every time."""
+        return None
+
+    def time(self, u: float) -> float:
+        """The time that a number in [0, 1) stands for."""
+        return FIRST + (1 - FIRST) * u
+
+    def fraction(self, t: Tensor) -> Tensor:
+        """Where in [0, 1] times lie, (B,): times are such fractions themselves."""
+        return t
+
+    def std(self, t: Tensor) -> Tensor:
+        """Deviation of the noise at times (B,), of the same shape."""
+        rate = 2 * math.log(self.sigma)
+        return (torch.expm1(rate * t) / rate).sqrt()
+
+    def time_of(self, std: Tensor) -> Tensor:
+        """The times at which the noise has these deviations: the inverse of `std`."""
+        rate = 2 * math.log(self.sigma)
+        return torch.log1p(rate * std**2) / rate
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        """g(t) = sigma^t of dx = g(t) dw: how fast noise comes in."""
+        return self.sigma**t
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t, the noisy pictures.
+
+        Args:
+            x0: clean pictures, shape (B, ...).
+            eps: standard normal noise of the same shape.
+            t: times in (0, 1], shape (B,).
+        """
+        return (x0 + like(self.std(t), x0) * eps).to(x0.dtype)
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The score of `add_noise(x0, eps, t)` given x0: -eps / std(t)."""
+        return -eps / like(self.std(t), eps)
+
+
+Schedule = NoiseSchedule | VarianceExploding
+
+
+def read_schedule(config: Mapping[str, Any]) -> Schedule:
+    """The schedule of a `scheduler_config.json`: variance exploding where the network predicts the score.
+
+    Raises:
+        WeightsError: a value is not known here.
+    """
+    if config.get("prediction_type") != Prediction.SCORE.value:
+        return NoiseSchedule.from_config(config)
+    sigma = config.get("sigma", VarianceExploding.sigma)
+    if not isinstance(sigma, (int, float)) or sigma <= 1:
+        raise WeightsError(f"the scheduler's configuration has sigma = {sigma!r}; expected a number above 1")
+    return VarianceExploding(float(sigma))
+
+
+def score_loss(score: Tensor, eps: Tensor, std: Tensor) -> Tensor:
+    """Denoising score matching, one a sample: the sum over the pixels of (score * std + eps)^2.
+
+    Args:
+        score: the network's answer, shape (B, ...).
+        eps: the noise that was added, of the same shape.
+        std: its deviation, shape (B,).
+
+    Returns:
+        Losses of shape (B,), float32. A network that answers 0 scores about the number of pixels.
+
+    Source: Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential Equations", eq. 7, with
+    lambda(t) = std(t)^2.
+    """
+    return (score.float() * like(std, score) + eps).square().flatten(1).sum(dim=1)
+
+
+def like(values: Tensor, x: Tensor) -> Tensor:
+    """One number a sample, (B,), shaped to multiply with x, (B, ...)."""
+    return values.to(x.device).view(-1, *[1] * (x.ndim - 1))

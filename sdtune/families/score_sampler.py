@@ -1,0 +1,24 @@
+"""What stands where other pipelines have a scheduler, when the model is one of scores."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sdtune.diffusion.ve import VarianceExploding, read_schedule
+
+
+class ScoreSampler:
+    """A way of `sdtune.diffusion.ve_sampling` from noise to a picture.
+
+    Args:
+        schedule: of the model. method: a name of `VE_SAMPLERS`.
+    """
+
+    def __init__(self, schedule: VarianceExploding, method: str) -> None:
+        self.schedule, self.method = schedule, method
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ScoreSampler":
+        """As a `scheduler_config.json` of a score model has it; without `method` Euler-Maruyama."""
+        schedule = read_schedule(config)
+        assert isinstance(schedule, VarianceExploding)
+        return cls(schedule, config.get("method", "euler-maruyama"))

@@ -1,0 +1,119 @@
+"""The variance exploding process, its loss and its samplers, against what is known in closed form."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdtune.diffusion.objectives import denoising_loss
+from sdtune.diffusion.schedule import NoiseSchedule, Prediction
+from sdtune.diffusion.ve import VarianceExploding, read_schedule, score_loss
+from sdtune.diffusion.ve_sampling import CALLS, VE_SAMPLERS
+from sdtune.errors import WeightsError
+
+SCHEDULE = VarianceExploding(25.0)
+
+
+def test_the_deviation_of_the_noise_is_that_of_the_process() -> None:
+    t = torch.tensor([1e-5, 0.1, 0.5, 1.0])
+    expected = [math.sqrt((25 ** (2 * x) - 1) / (2 * math.log(25))) for x in t.tolist()]
+    torch.testing.assert_close(SCHEDULE.std(t), torch.tensor(expected), rtol=1e-3, atol=0)
+    torch.testing.assert_close(SCHEDULE.time_of(SCHEDULE.std(t)), t, rtol=1e-4, atol=0)
+    # std^2 is the integral of g^2, which is what drives it
+    fine = torch.linspace(0, 0.5, 10_001, dtype=torch.float64)
+    assert torch.trapezoid(SCHEDULE.diffusion(fine) ** 2, fine).sqrt().item() == pytest.approx(expected[2], rel=1e-4)
+
+
+def test_noise_is_added_to_the_picture_as_it_is() -> None:
+    x0, eps, t = torch.rand(2, 1, 4, 4), torch.randn(2, 1, 4, 4), torch.tensor([0.2, 0.9])
+    std = SCHEDULE.std(t).view(2, 1, 1, 1)
+    torch.testing.assert_close(SCHEDULE.add_noise(x0, eps, t), x0 + std * eps)
+    torch.testing.assert_close(SCHEDULE.target(x0, eps, t), -eps / std)
+
+
+def test_times_cover_the_interval() -> None:
+    assert SCHEDULE.time(0.0) == 1e-5 and SCHEDULE.time(1 - 2**-53) == pytest.approx(1.0)
+    assert SCHEDULE.time(0.5) == pytest.approx(0.5, abs=1e-5)
+    discrete = NoiseSchedule(torch.linspace(1, 0, 10))
+    assert [discrete.time(u) for u in (0.0, 0.1, 0.95)] == [0, 1, 9]
+    torch.testing.assert_close(discrete.fraction(torch.tensor([0, 5])), torch.tensor([0.0, 0.5]))
+
+
+def test_an_answer_of_zero_scores_the_number_of_pixels() -> None:
+    torch.manual_seed(0)
+    x0, eps, t = torch.rand(500, 1, 28, 28), torch.randn(500, 1, 28, 28), torch.rand(500)
+    loss = denoising_loss(lambda x_t, t: torch.zeros_like(x_t), x0, eps, t, SCHEDULE)
+    assert loss.shape == (500,) and loss.mean().item() == pytest.approx(784, rel=0.01)
+    exact = denoising_loss(lambda x_t, t: SCHEDULE.target(x0, eps, t), x0, eps, t, SCHEDULE)
+    torch.testing.assert_close(exact, torch.zeros(500), atol=1e-6, rtol=0)
+    half = score_loss(SCHEDULE.target(x0, eps, t) / 2, eps, SCHEDULE.std(t))
+    torch.testing.assert_close(half, (eps / 2).square().sum(dim=(1, 2, 3)))
+
+
+def test_the_schedule_is_read_from_a_configuration() -> None:
+    assert read_schedule({"prediction_type": "ve_score", "sigma": 10}) == VarianceExploding(10.0)
+    assert read_schedule({"prediction_type": "ve_score"}).prediction is Prediction.SCORE
+    assert isinstance(read_schedule({"prediction_type": "v_prediction"}), NoiseSchedule)
+    with pytest.raises(WeightsError, match="sigma = 1; expected a number above 1"):
+        read_schedule({"prediction_type": "ve_score", "sigma": 1})
+    with pytest.raises(WeightsError, match="ve_score"):
+        NoiseSchedule.from_config({"prediction_type": "ve_score"})
+
+
+# --- samplers ---------------------------------------------------------------------------------------------------------
+
+MEAN, DEVIATION = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])  # two pixels, normally distributed
+
+
+def gaussian_score(x: Tensor, t: Tensor) -> Tensor:
+    """The score of the noisy pixels: they are normal too, with the variances added."""
+    return (MEAN - x) / (DEVIATION**2 + SCHEDULE.std(t)[:, None] ** 2)
+
+
+def drawn(sampler: Callable[..., Tensor], steps: int, count: int = 20_000) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+
+    def noise() -> Tensor:
+        return torch.randn(count, 2, generator=generator)
+
+    return sampler(gaussian_score, SCHEDULE.std(torch.ones(1)) * noise(), SCHEDULE, steps, noise)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("euler-maruyama", 500), ("predictor-corrector", 250)])
+def test_samples_of_a_gaussian_have_its_mean_and_deviation(name: str, steps: int) -> None:
+    samples = drawn(VE_SAMPLERS[name], steps)
+    # They begin with mean 0, which they forget as far as the noise at t = 1 outweighs the deviation: to a twelfth.
+    torch.testing.assert_close(samples.mean(dim=0), MEAN, atol=0, rtol=0.1)
+    torch.testing.assert_close(samples.std(dim=0), DEVIATION, atol=0, rtol=0.02)
+
+
+def test_samples_of_the_ordinary_equation_have_the_mean_and_deviation_that_it_leads_to() -> None:
+    samples = drawn(VE_SAMPLERS["probability-flow"], 30)
+    begin = SCHEDULE.std(torch.tensor(1.0))
+    share = DEVIATION / (DEVIATION**2 + begin**2).sqrt()  # of the first noise, and of how far its mean was off
+    torch.testing.assert_close(samples.mean(dim=0), MEAN * (1 - share), atol=0.03, rtol=0)
+    torch.testing.assert_close(samples.std(dim=0), begin * share, atol=0, rtol=0.02)
+
+
+def test_the_ordinary_equation_gives_the_picture_of_each_noise() -> None:
+    noise = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    first = SCHEDULE.std(torch.ones(1)) * noise
+    ended = VE_SAMPLERS["probability-flow"](gaussian_score, first, SCHEDULE, 200, lambda: noise / 0)
+    # In closed form x moves along its deviation: (x - mean) / sqrt(variance + std^2) stays.
+    last, begin = SCHEDULE.std(torch.tensor(1e-3)), SCHEDULE.std(torch.tensor(1.0))
+    expected = MEAN + (first - MEAN) * ((DEVIATION**2 + last**2) / (DEVIATION**2 + begin**2)).sqrt()
+    torch.testing.assert_close(ended, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", VE_SAMPLERS)
+def test_the_network_is_called_as_often_as_is_said(name: str) -> None:
+    calls = []
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(t)
+        return gaussian_score(x, t)
+
+    VE_SAMPLERS[name](score, torch.randn(3, 2), SCHEDULE, 7, lambda: torch.zeros(3, 2))
+    assert len(calls) == 7 * CALLS[name] and all(t.shape == (3,) for t in calls)
