@@ -109,6 +109,12 @@ def sample(
     ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="In pixels; the model's own unless told.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="In pixels; the model's own unless told.")] = None,
+    init_noise_optimization: Annotated[
+        bool, typer.Option("--init-noise-optimization", help="Move the first noise until no subject is forgotten.")
+    ] = False,
+    subjects: Annotated[
+        str | None, typer.Option(help="Of --init-noise-optimization: cat,dog; found in the prompt unless told.")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     as_json: Json = False,

@@ -21,6 +21,7 @@ from sdtune.families.base import Conditioning, Family
 from sdtune.families.inpainting import hidden_and_rest
 from sdtune.families.loading import token_ids
 from sdtune.families.schedulers import LateStart, make_sampler
+from sdtune.init_noise import optimised_noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,6 +54,7 @@ def draw_pictures(
     shown: tuple[Tensor, Tensor] | None = None,
     begun: Tensor | None = None,
     strength: float = 0.8,
+    noise: Tensor | None = None,
 ) -> Iterator["Image"]:
     """One picture for each prompt and seed, in order, drawn in batches.
 
@@ -70,6 +72,7 @@ def draw_pictures(
             width), white where it is to be painted anew; None hides everything, as for text to image.
         begun: image to image: a picture for each prompt, as in `shown`, from which, noisy, drawing begins.
         strength: how far it may go from there: the share of the steps that are taken, in (0, 1].
+        noise: of each picture, standard normal, (N, C, h, w), in place of `initial_noise` of its seed.
 
     Raises:
         UsageError: the sampler is not known, or cannot draw what this network predicts; or as `check_thresholding`.
@@ -92,13 +95,14 @@ def draw_pictures(
             if family.inpaints:
                 parts = None if shown is None else (shown[0][start : start + size], shown[1][start : start + size])
                 words |= pipeline_pictures(family, parts, numbers, height, width)
-            noise = initial_noise(family, numbers, height, width).to(network.device)
+            first = initial_noise(family, numbers, height, width) if noise is None else noise[start : start + size]
+            first = first.to(network.device)
             if begun is not None:
                 x0 = encoded(family, begun[start : start + size], numbers).to(network.device)
-                noise = pipeline.scheduler.begin(x0, noise, steps)
+                first = pipeline.scheduler.begin(x0, first, steps)
             latents = pipeline(
                 **words,
-                latents=noise.to(network.dtype),
+                latents=first.to(network.dtype),
                 generator=[draws.generator(seed, "sampler noise") for seed in numbers],  # some samplers add noise
                 num_inference_steps=steps,
                 guidance_scale=guidance,
@@ -189,6 +193,8 @@ def command(
     mask: Path | None = None,
     height: int | None = None,
     width: int | None = None,
+    init_noise_optimization: bool = False,
+    subjects: str | None = None,
     count: int = 1,
     out: str | Path = "samples",
     as_json: bool = False,
@@ -202,6 +208,7 @@ def command(
         steps, guidance, sampler, dynamic_thresholding: as `draw_pictures` has them.
         init_image, strength, mask: see `sdtune.init_image`.
         height, width: in pixels; None is the model's own.
+        init_noise_optimization, subjects: see `sdtune.init_noise`; subjects are parted by commas.
         out: folder for the pictures; what is there stays.
         as_json: print one JSON object instead of the paths.
 
@@ -217,6 +224,10 @@ def command(
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out: '{out}' is a file; expected a folder for the pictures")
     beginning.check_options(init_image, strength, mask)
+    if init_noise_optimization and init_image is not None:
+        raise UsageError("--init-noise-optimization: with --init-image a picture is not made of noise alone")
+    if subjects is not None and not init_noise_optimization:
+        raise UsageError("--subjects: is read with --init-noise-optimization only; add that or remove it")
     prepare()
     device, precision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp16"
     family = open_model(model, lora, device=device, precision=precision)
@@ -224,15 +235,23 @@ def command(
     if levels is not None and steps > levels:
         raise UsageError(f"--steps: got {steps}, but this model knows {levels} noise levels; 20 to 50 are usual")
     check_thresholding(family, dynamic_thresholding)
-    make_sampler(family.scheduler, sampler, dynamic_thresholding)  # refused here, if at all
+    first = make_sampler(family.scheduler, sampler, dynamic_thresholding)  # refused here, if at all
     lengthen(family, [*prompts, negative_prompt])
     height, width = picture_size(family, height, width)
     begins = beginning.read(family, init_image, strength, mask, height, width, len(prompts) * count)
+    names = None if subjects is None else [name.strip() for name in subjects.split(",")]
     wanted = [(prompt, seed + number) for prompt in prompts for number in range(count)]
+    every, seeds = [prompt for prompt, _ in wanted], [number for _, number in wanted]
+    noise = None
+    if init_noise_optimization:
+        first.set_timesteps(steps)
+        with evaluating(family):
+            found = optimised_noise(family, every, seeds, height, width, int(first.timesteps[0]), subjects=names)
+        noise = torch.stack([each.noise for each in found])
     pictures = draw_pictures(
         family,
-        [prompt for prompt, _ in wanted],
-        [number for _, number in wanted],
+        every,
+        seeds,
         height=height,
         width=width,
         steps=steps,
@@ -241,6 +260,7 @@ def command(
         sampler=sampler,
         dynamic_thresholding=dynamic_thresholding,
         progress=sys.stderr.isatty(),
+        noise=noise,
         **begins,
     )
     began, rows = time.perf_counter(), []
