@@ -25,7 +25,7 @@ setup: $(STAMP)
 # One pip call with the constraints: no package may bring another build of torch along.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev,data,optimizers]'
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev,data,examples,optimizers]'
 	@touch $@
 
 demo: $(STAMP)
