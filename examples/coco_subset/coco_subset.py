@@ -5,8 +5,8 @@
 # before and after, and a folder that is ready for the Hub. The same steps stand in `coco_subset.py` and in the notebook
 # `coco_subset.ipynb`.
 #
-#     python examples/coco_subset/coco_subset.py COCO               # some minutes on a CPU, with the tiny base
-#     python examples/coco_subset/coco_subset.py COCO --recipe lora_sd15 --set train.steps=1500       # on a GPU
+#     python examples/coco_subset/coco_subset.py COCO                          # with the tiny base, on a CPU
+#     python examples/coco_subset/coco_subset.py COCO --recipe lora_sd15       # on a GPU of 8 GB
 #
 # `COCO` is a folder with `train2017` and `annotations`, unpacked from `train2017.zip` and
 # `annotations_trainval2017.zip` of <https://cocodataset.org/#download>.
@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 
 from data_tools.coco import command as coco
 from sdtune.config import load
-from sdtune.data.images import open_rgb, prepare
+from sdtune.data.images import open_rgb, prepare, to_float
 from sdtune.data.metadata import read_rows, write_rows
 from sdtune.evaluate import nearest, share
 from sdtune.hub import push
@@ -36,7 +36,7 @@ parser = argparse.ArgumentParser(description="COCO to a small data set, to a mod
 parser.add_argument("coco", type=Path, nargs="?", default=Path("coco"), help="folder of train2017 and annotations")
 parser.add_argument("--pictures", type=int, default=100, help="in the data set")
 parser.add_argument("--learned", type=int, default=10, help="of them that are learned")
-parser.add_argument("--recipe", default="lora_tiny", help="a file, or a name of `sdtune recipes ls`")
+parser.add_argument("--recipe", default="full_tiny", help="a file, or a name of `sdtune recipes ls`")
 parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the recipe")
 parser.add_argument("--out", type=Path, default=Path("runs/coco_subset"), help="a new folder for all of it")
 parser.add_argument("--push", metavar="USER/NAME", help="upload the result; without it, only write what would go up")
@@ -95,7 +95,7 @@ def sheet(lines: dict[str, list[np.ndarray]], file: str) -> None:
     figure.savefig(settings.out / file, dpi=100)
 
 
-def new_recipe() -> list[str]:
+def changes() -> list[str]:
     """What this training changes in the recipe."""
     return [
         f"data=[{{path: {json.dumps(str(ten))}}}]",
@@ -105,12 +105,24 @@ def new_recipe() -> list[str]:
     ]
 
 
-recipe = load(settings.recipe, new_recipe())
+recipe = load(settings.recipe, changes())
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 base = open_model(recipe.model.base, device=device)
 height, width = base.picture_size()
-photographs = [prepare(open_rgb(ten / name), height, width).permute(1, 2, 0).numpy() for name in names]  # (H, W, 3)
+pixels = torch.stack([prepare(open_rgb(ten / name), height, width) for name in names])  # (N, 3, H, W), uint8
+photographs = list(pixels.permute(0, 2, 3, 1).numpy())  # (H, W, 3) each
 sheet({"photograph": photographs}, "photographs.png")
+
+# %% [markdown]
+# A model draws through its VAE, so no drawing can be better than what the VAE gives back of a photograph. That of the
+# tiny base has only ever seen emoji; those of Stable Diffusion keep all that one sees.
+
+# %%
+with torch.no_grad():
+    mean, _ = base.encode_images(to_float(pixels.to(device)))  # (N, C, h, w)
+    restored = base.decode_images(mean).cpu()  # (N, 3, H, W), about in [-1, 1]
+kept = list(((restored / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy())
+del base  # the training needs its memory
 
 # %% [markdown]
 # ## Before
@@ -122,9 +134,9 @@ sheet({"photograph": photographs}, "photographs.png")
 # %%
 def draw(model: str) -> list[np.ndarray]:
     """A picture for the first caption of each photograph, (H, W, 3)."""
-    family = open_model(model, device=device)
-    seeds = list(range(len(captions)))
-    drawn = draw_pictures(family, list(captions.values()), seeds, height=height, width=width, guidance=3.0)
+    family, texts = open_model(model, device=device), list(captions.values())
+    guidance = recipe.validation.samples.guidance  # as in the samples of the training
+    drawn = draw_pictures(family, texts, range(len(texts)), height=height, width=width, guidance=guidance)
     return [np.asarray(picture) for picture in drawn]
 
 
@@ -133,7 +145,7 @@ before = draw(recipe.model.base)
 # %% [markdown]
 # ## Training
 #
-# The same as `sdtune train lora_tiny data.0.path=...`; the loss of each step is in `run/metrics.jsonl`, the report with
+# The same as `sdtune train full_tiny data.0.path=...`; the loss of each step is in `run/metrics.jsonl`, the report with
 # its curve and samples is `run/report.html`.
 
 # %%
@@ -146,7 +158,7 @@ run = Run(recipe).complete()
 
 # %%
 after = draw(str(run))
-sheet({"photograph": photographs, "before": before, "after": after}, "drawn.png")
+sheet({"photograph": photographs, "through the VAE": kept, "before": before, "after": after}, "drawn.png")
 right = {
     when: share(nearest(np.stack(drawn), np.stack(photographs)), list(range(len(names))))
     for when, drawn in (("before", before), ("after", after))

@@ -17,7 +17,6 @@ It was read after the words, so it knows them all; much of what a prompt says go
 """
 
 import argparse
-from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -28,7 +27,7 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from sdtune.models.attention import Attention, Kernel
+from sdtune.models.attention import recorded_maps
 from sdtune.opening import open_model
 from sdtune.sample import draw_pictures
 
@@ -43,41 +42,26 @@ MIDDLE = "the middle (x)\ntakes from"
 family = open_model("tiny", device=torch.device("cpu"))
 unet, tokenizer = family.modules["unet"], family.tokenizers["tokenizer"]
 
-seen: dict[str, list[Tensor]] = defaultdict(list)  # weights of the finest maps: of the text and of the picture itself
 
-
-def watching(kind: str) -> Kernel:
-    """Attention as the formula has it, and its weights kept."""
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5  # (B, heads, N, M)
-        weights = scores.softmax(dim=-1)
-        seen[kind].append(weights.mean(dim=1))  # (B, N, M)
-        return torch.einsum("bhnm,bmhd->bnhd", weights, v)
-
-    return kernel
-
-
-for name, part in unet.named_modules():
-    if isinstance(part, Attention):
-        part.kernel = watching("text" if name.endswith("attn2") else "picture")
-
-
-def maps(kind: str) -> Tensor:
-    """The mean over all steps and layers of the finest resolution, (N, M)."""
-    finest = max(weights.shape[1] for weights in seen[kind])
-    return torch.cat([weights for weights in seen[kind] if weights.shape[1] == finest]).mean(dim=0)
+def mean_map(calls: list[dict[str, Tensor]], kind: str) -> Tensor:
+    """Over all steps, layers of the finest resolution, and heads: who (N) takes how much from whom (M), (N, M)."""
+    found = [weights for call in calls for name, weights in call.items() if name.endswith(kind)]
+    finest = max(weights.shape[2] for weights in found)  # of (1, heads, N, M) each
+    return torch.cat([weights for weights in found if weights.shape[2] == finest]).mean(dim=(0, 1))
 
 
 def draw(prompt: str) -> tuple[Tensor, dict[str, Tensor]]:
     """The drawing, (H, W, 3), and by its name each map of attention, (h, w)."""
-    seen.clear()
     height, width = family.picture_size()
     _, h, w = family.latent_shape(height, width)
-    (drawn,) = draw_pictures(family, [prompt], [0], height=height, width=width, steps=settings.steps, guidance=1)
+    calls: list[dict[str, Tensor]] = []  # of each step of sampling: the weights of each layer, by its name
+    with recorded_maps(unet) as maps:
+        hook = unet.register_forward_hook(lambda *_: calls.append(dict(maps)))
+        (drawn,) = draw_pictures(family, [prompt], [0], height=height, width=width, steps=settings.steps, guidance=1)
+        hook.remove()
     words = tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)[1:-1]
-    text = maps("text").T.unflatten(1, (h, w))  # (M, h, w)
-    found = {MIDDLE: maps("picture").unflatten(1, (h, w))[(h // 2) * w + w // 2], "start": text[0]}
+    text = mean_map(calls, "attn2").T.unflatten(1, (h, w))  # (M, h, w)
+    found = {MIDDLE: mean_map(calls, "attn1").unflatten(1, (h, w))[(h // 2) * w + w // 2], "start": text[0]}
     found |= {f'"{word.removesuffix("</w>")}"': text[1 + i] for i, word in enumerate(words)}
     found["end, padding"] = text[1 + len(words) :].sum(dim=0)
     return torch.from_numpy(np.array(drawn)), found
