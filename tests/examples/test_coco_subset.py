@@ -57,7 +57,7 @@ def test_the_script_makes_trains_draws_and_pushes(tmp_path: Path) -> None:
     assert len(learned) == 15  # with all five captions each
     assert all((out / "learned" / row["file_name"]).is_file() for row in learned)
     assert len(losses(out / "run")) == 2
-    assert {"README.md", "pytorch_lora_weights.safetensors", "images/02.png"} <= pushed.keys()
+    assert {"README.md", "unet/diffusion_pytorch_model.safetensors", "images/02.png"} <= pushed.keys()
     assert learned[0]["text"] in pushed["README.md"].decode()
     for name, lines in (("photographs.png", 1), ("drawn.png", 3)):
         with Image.open(out / name) as sheet:
