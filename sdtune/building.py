@@ -14,7 +14,7 @@ from sdtune.adapters import NETWORKS, SETTINGS, adapter_class
 from sdtune.adapters.base import TOKENS, Adapter
 from sdtune.adapters.textual_inversion import TextualInversion
 from sdtune.adapters.together import Together
-from sdtune.adapters.tokens import Token, token_files
+from sdtune.adapters.tokens import Token, embedding_files, token_files
 from sdtune.config import DataSource, ModelSettings, Recipe, resolve_asset
 from sdtune.data.batches import Batch, collate
 from sdtune.data.buckets import Buckets, Size, default_step
@@ -190,7 +190,7 @@ def make_adapter(recipe: Recipe) -> Adapter:
     if settings.kind == "textual-inversion":
         return TextualInversion(tokens, place)
     adapter = adapter_class(settings.kind)(**values)
-    if not tokens:
+    if not tokens and not (place and embedding_files(place)):
         return adapter
     return Together([adapter, TextualInversion(tokens, place if place and token_files(place) else None)])
 

@@ -17,6 +17,7 @@ from sdtune.adapters.lora_files import (
     read_lora,
 )
 from sdtune.adapters.lora_writing import kohya_names, write_diffusers, write_kohya
+from sdtune.adapters.tokens import embedding_files, read_embedding
 from sdtune.errors import UsageError, WeightsError
 from sdtune.export import file_aside, noted_base, place_of, sdxl_blocks
 from sdtune.families.headers import layer_shapes, unet_config
@@ -161,13 +162,16 @@ def read(places: Sequence[str], base: str | None, kind: str) -> tuple[list[Layer
 
     Raises:
         WeightsError: a file is no LoRA, does not fit `base`, or has layers that kohya has no name for.
+        UsageError: a folder has new tokens too.
     """
+    folders = [weights_folder(Path(place)) for place in places]
+    for folder in folders:
+        check_no_tokens(folder)
     known = place_of(base) if base else None
     if not base and kind == "kohya":
-        noted = (noted_base(read_notes(weights_folder(Path(place)))) for place in places)
-        known = next(filter(None, noted), None)
+        known = next(filter(None, (noted_base(read_notes(folder)) for folder in folders)), None)
     unet = unet_config(known) if known else None
-    files = [read_lora(weights_folder(Path(place)), unet) for place in places]
+    files = [read_lora(folder, unet) for folder in folders]
     loras = [plain(*pair) for pair in zip(files, places, strict=True)]
     if base and known:
         for file, place in zip(files, places, strict=True):
@@ -176,6 +180,17 @@ def read(places: Sequence[str], base: str | None, kind: str) -> tuple[list[Layer
     if kind == "kohya":
         kohya_names((name for layers in loras for name in layers), blocks)
     return loras, blocks
+
+
+def check_no_tokens(folder: Path) -> None:
+    """Raises UsageError where new tokens, for which a LoRA file has no place, stand beside a LoRA."""
+    if files := embedding_files(folder):
+        tokens = ", ".join(read_embedding(file)[0] for file in files)
+        raise UsageError(
+            f"'{folder}' holds new tokens ({tokens}) beside its LoRA, and a LoRA file has no place for them; name the "
+            f"LoRA alone, {find_lora(folder)}, and hand on the tokens' files, {', '.join(map(str, files))}, with the "
+            "new one"
+        )
 
 
 def plain(lora: LoraFile, place: str) -> Layers:

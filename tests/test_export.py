@@ -219,6 +219,16 @@ def kohya_with_tokens(run: Path, sd: Path, out: Path, expected: torch.Tensor) ->
         extract(base, tuned, 2)
 
 
+@pytest.mark.parametrize("what", [["merge"], ["resize", "--rank", "1"]])
+def test_arithmetic_never_leaves_tokens_out(with_tokens: dict[str, Path], tmp_path: Path, what: list[str]) -> None:
+    run, out = with_tokens["pivotal"], tmp_path / "new.safetensors"
+    answer = CliRunner().invoke(app, ["lora", *what, str(run), "--out", str(out)])
+    alone = run / "final" / WEIGHTS_NAME
+    assert answer.exit_code == 2 and not out.exists()
+    assert "new tokens (<cat>, <rug>) beside its LoRA" in answer.stderr and f"alone, {alone}," in answer.stderr
+    assert CliRunner().invoke(app, ["lora", *what, str(alone), "--out", str(out)]).exit_code == 0
+
+
 def test_half_precision(runs: dict[str, Path], tmp_path: Path) -> None:
     for method, kind, name in (
         ("lora", "diffusers", "a"),

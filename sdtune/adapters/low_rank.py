@@ -34,8 +34,8 @@ class LowRank:
     Args:
         rank: width of the factors; None means that of `init_from`, else 16.
         alpha: the update is scaled by alpha / rank; None means that of `init_from`, else alpha = rank.
-        targets: a name of `DENOISER_TARGETS`, or endings of the denoiser's module names (of text encoders the
-            attention then learns).
+        targets: a name of `DENOISER_TARGETS`, or endings of the denoiser's module names, each of which it has (of text
+            encoders the attention then learns).
         init_from: file or folder with the factors to begin with, in any style; None begins with no update.
     """
 
@@ -54,6 +54,7 @@ class LowRank:
         self.rank = rank or 16
         self.alpha = float(self.rank) if alpha is None else alpha
         self.init_from = init_from
+        self.named = not isinstance(targets, str)
         self.targets = DENOISER_TARGETS[targets] if isinstance(targets, str) else list(targets)
         self.text_targets = TEXT_TARGETS[targets] if isinstance(targets, str) else TEXT_ATTENTION
         self.networks: tuple[str, ...] = ()
@@ -84,7 +85,7 @@ class LowRank:
         """Put factors beside each target; see `Adapter.attach`.
 
         Raises:
-            UsageError: no layer of a network ends in one of the targets, or `init_from` is of another kind, rank or
+            UsageError: no layer ends in one of the targets that were named, or `init_from` is of another kind, rank or
                 layout. WeightsError: `init_from` cannot be read, or was made for another model.
         """
         self.networks = tuple(networks)
@@ -99,7 +100,8 @@ class LowRank:
             targets = self.targets if name == family.denoiser else self.text_targets
             network = family.modules[name]
             with draws.seeded_globals(seed, f"weights of the {self.name} of {name}"):
-                inject(network, self.config(targets, ranks.get(name, {})), targets, name)
+                check_targets(network, targets, name, each=self.named and name == family.denoiser)
+                inject(network, self.config(targets, ranks.get(name, {})))
             network.train()
             factors = {key: p for key, p in network.named_parameters() if p.requires_grad}
             for parameter in factors.values():
@@ -110,22 +112,29 @@ class LowRank:
         return learning
 
 
-def inject(network: nn.Module, config: Any, targets: Sequence[str], name: str) -> None:
+def check_targets(network: nn.Module, targets: Sequence[str], name: str, *, each: bool) -> None:
+    """Raises UsageError where layers of a network, called `name`, end in none of the targets, or not in each."""
+    layers = [key for key, part in network.named_modules() if is_target(part)]
+    lacking = [target for target in targets if not any(f".{key}".endswith(f".{target}") for key in layers)]
+    if lacking and (each or len(lacking) == len(targets)):
+        raise UsageError(
+            f"adapter.targets: no linear or convolution layer of {name} ends in {', '.join(lacking)}; the endings it "
+            f"has are {', '.join(sorted(set(map(ending, layers))))}, the presets {', '.join(DENOISER_TARGETS)}"
+        )
+
+
+def inject(network: nn.Module, config: Any) -> None:
     """Put an adapter named `default` into a network; only its parameters ask for gradients afterwards.
 
     Raises:
-        UsageError: no layer ends in one of the targets.
+        UsageError: a target is of a kind that peft knows no factors for.
     """
     from peft import inject_adapter_in_model
 
     try:
         inject_adapter_in_model(config, network)
     except ValueError as fault:
-        ends = sorted({ending(key) for key, part in network.named_modules() if is_target(part)})
-        raise UsageError(
-            f"adapter.targets: no linear or convolution layer of {name} ends in {', '.join(targets)}; the endings it "
-            f"has are {', '.join(ends)}, the presets {', '.join(DENOISER_TARGETS)}"
-        ) from fault
+        raise UsageError(f"adapter.targets: {fault}") from fault
 
 
 def ending(name: str) -> str:

@@ -29,7 +29,8 @@ class TextualInversion:
 
     Args:
         tokens: what is learned.
-        init_from: file or folder; the tokens that it has begin as they are there, not with their initializer.
+        init_from: file or folder; the tokens that it has begin as they are there, not with their initializer, and each
+            of them must be one of `tokens`.
     """
 
     writes_base = False
@@ -42,7 +43,8 @@ class TextualInversion:
 
         Raises:
             UsageError: a token is a word already, or its initializer has too many tokens, or `init_from` has none of
-                them, or one with another number of vectors. WeightsError: `init_from` is damaged, or of another model.
+                them, or others, or one with another number of vectors. WeightsError: `init_from` is damaged, or of
+                another model.
         """
         learning: Parameters = {}
         begun = self.begun(family)
@@ -66,20 +68,36 @@ class TextualInversion:
     def begun(self, family: Family) -> dict[str, dict[str, Tensor]]:
         """The rows of the tokens that `init_from` has, for each text encoder."""
         found = dict(read_rows(family, file) for file in token_files(self.init_from)) if self.init_from else {}
-        vectors = {token.token: token.vectors for token in self.tokens}
-        if self.init_from and not found.keys() & vectors.keys():
-            raise UsageError(
-                f"adapter.init_from: '{self.init_from}' has no token {' or '.join(vectors)}; its tokens are: "
-                f"{', '.join(found) or 'none'}. Call the token as it is called there, or begin with another file"
-            )
-        for token, encoders in found.items():
-            there = len(next(iter(encoders.values())))
-            if vectors.get(token, there) != there:
-                raise UsageError(
-                    f"adapter.init_from: '{token}' has {there} vectors in '{self.init_from}', and adapter.tokens asks "
-                    f"for {vectors[token]}; set vectors: {there}, or begin with another file"
-                )
+        if self.init_from:
+            self.check_begun({token: len(next(iter(encoders.values()))) for token, encoders in found.items()})
         return found
+
+    def check_begun(self, found: dict[str, int]) -> None:
+        """Raises UsageError unless the tokens of `init_from`, with so many vectors each, are all to learn as they are.
+
+        Args:
+            found: numbers of vectors.
+        """
+        begin, asked = f"adapter.init_from: '{self.init_from}'", {token.token: token.vectors for token in self.tokens}
+        others = [token for token in found if token not in asked]
+        if asked and len(others) == len(found):
+            raise UsageError(
+                f"{begin} has no token {' or '.join(asked)}; its tokens are: {', '.join(found) or 'none'}. Call the "
+                "token as it is called there, or begin with another file"
+            )
+        if others:
+            settings = [f"{{token: {token}, vectors: {count}}}" for token, count in found.items()]
+            raise UsageError(
+                f"{begin} has the token{'s' * (len(others) > 1)} {', '.join(others)}, and adapter.tokens names "
+                f"{'others' if asked else 'none'}; let all learn on with 'adapter.tokens=[{', '.join(settings)}]', or "
+                "name the one file in it to begin with: adapter.init_from=FILE"
+            )
+        for token, count in found.items():
+            if asked[token] != count:
+                raise UsageError(
+                    f"adapter.init_from: '{token}' has {count} vectors in '{self.init_from}', and adapter.tokens asks "
+                    f"for {asked[token]}; set vectors: {count}, or begin with another file"
+                )
 
     def numbers(self, network: nn.Module) -> int:
         """See `Adapter.numbers`. The denoiser reads all text encoders side by side: so wide are their embeddings."""

@@ -199,7 +199,7 @@ def _adapter(recipe: Recipe) -> Iterator[Fault]:
         yield "adapter.targets", f"got {show(adapter.targets)}, expected {expected}"
     tokens = [one.token for one in adapter.tokens or ()]
     if adapter.kind == "textual-inversion" and not tokens:
-        yield "adapter.tokens", "missing; expected the words to learn, such as adapter.tokens=[{token: <cat>}]"
+        yield "adapter.tokens", "missing; expected the words to learn, such as 'adapter.tokens=[{token: <cat>}]'"
     for number, token in enumerate(tokens):
         if token.split() != [token] or token in tokens[:number]:
             expected = "one word without spaces, that is not there twice"

@@ -81,6 +81,13 @@ def test_targets_that_are_not_there_are_refused(sd: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", LOW_RANK)
+def test_each_target_that_is_named_must_be_there(sd: Path, kind: str) -> None:
+    adapter = adapter_class(kind)(targets=["to_q", "to_foo", "attn1.to_k", "attn7.to_v"])
+    with pytest.raises(UsageError, match="unet ends in to_foo, attn7.to_v; the endings it has are .*to_k, .*to_v"):
+        adapter.attach(family_class("stable-diffusion").load(str(sd)), ["unet"], 0)
+
+
+@pytest.mark.parametrize("kind", LOW_RANK)
 def test_the_numbers_that_learn_are_known_before(sd: Path, photos: Path, tmp_path: Path, kind: str) -> None:
     for rank in (2, 6):
         section = settings(kind) | {"rank": rank} | ({"factor": 4} if kind == "lokr" else {})

@@ -313,6 +313,24 @@ def test_a_run_begins_where_another_ended(
         Run(made)
 
 
+def test_tokens_to_begin_with_are_never_left_out(
+    sd: Path, pictures: Path, finished: Callable[..., Run], tmp_path: Path
+) -> None:
+    before = finished("stable-diffusion", "lora").folder
+    for named, ask in (
+        (None, "<cat>, <rug>, and adapter.tokens names none"),
+        (TOKENS[:1], "<rug>, and adapter.tokens"),
+    ):
+        made = recipe(sd, pictures, tmp_path / "run", "lora")
+        made.adapter.init_from = str(before.path)
+        made.adapter.tokens = named and made.adapter.tokens[:1]
+        with pytest.raises(UsageError, match=f"adapter.init_from: .* has the tokens? {ask}") as told:
+            Run(made)
+    assert "'adapter.tokens=[{token: <cat>, vectors: 3}, {token: <rug>, vectors: 1}]'" in str(told.value)
+    made.adapter.tokens, made.adapter.init_from = None, str(before.final / "pytorch_lora_weights.safetensors")
+    assert Run(made).learning.keys() == {"unet", "text_encoder"}  # the LoRA alone, where it is named
+
+
 # --- the same by another way ------------------------------------------------------------------------------------------
 
 
