@@ -35,9 +35,9 @@ def write_hub_folder(run: RunFolder, repo: str, out: Path | None = None) -> Path
         UsageError: `run` is not the folder of a run, or `out` holds something.
     """
     recipe = shareable(read_recipe(run), repo.split("/")[1])
-    if not run.final.is_dir():
+    if unfinished := run.unfinished():
         raise RunError(
-            f"the run '{run.path}' has not ended: it has no final/ with weights to push. Go on with it: sdtune train "
+            f"the run '{run.path}' has not ended: it is at {unfinished}. Go on with it: sdtune train "
             f"{run.path / 'run.yaml'} --resume"
         )
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -179,7 +179,7 @@ class Run:
             averages=None if self.ema is None else self.ema.average,
             scaler=self.accelerator.scaler,
         )
-        if self.step > self.recipe.train.steps or self.step == self.recipe.train.steps and self.folder.final.exists():
+        if self.step > self.recipe.train.steps or self.step == self.recipe.train.steps and not self.folder.unfinished():
             raise RunError(
                 f"'{self.folder.path}' has done {self.step} steps already; to train longer add train.steps=NUMBER, "
                 f"to draw with it: sdtune sample {self.folder.path} --prompt TEXT"

@@ -5,15 +5,19 @@ buckets.json, where pictures are trained in several sizes
 """
 
 import json
+import math
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from sdtune import distributed
 from sdtune.checkpoint import all_checkpoints, write_text, written_aside
@@ -94,6 +98,20 @@ class RunFolder:
         found = all_checkpoints(self.path)
         return found[-1] if found else None
 
+    def newest(self) -> Path | None:
+        """The newest weights: final/, or the last checkpoint's, where a run that is made longer is past its old end."""
+        latest = self.latest()
+        if latest is None or (self.final.is_dir() and noted_step(latest / "weights") <= noted_step(self.final)):
+            return self.final if self.final.is_dir() else None
+        return latest / "weights"
+
+    def unfinished(self) -> str:
+        """How far the run is, "step 12 of 30"; empty where final/ holds what it was to learn."""
+        recipe, newest = yaml.safe_load((self.path / "run.yaml").read_text(encoding="utf-8")), self.newest()
+        steps = ((recipe or {}).get("train") or {}).get("steps", 0)
+        done = noted_step(newest) if newest else 0
+        return "" if newest == self.final and done >= steps else f"step {done} of {steps}"
+
     def log(self, values: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl. Raises RunError when the disk is full."""
         try:
@@ -120,22 +138,42 @@ class RunFolder:
 
 
 def weights_folder(path: Path) -> Path:
-    """Of a run folder its final/, or its last checkpoint's weights/ while there is none; any other path as it is.
+    """Of a run folder its newest weights, of a checkpoint its weights/; any other path as it is.
+
+    stderr says so where the run is not finished.
 
     Raises:
         WeightsError: the run has no weights yet.
     """
+    if all((path / part).is_dir() for part in ("state", "weights")):
+        return path / "weights"
     if not (path / "run.yaml").is_file() or (path / NOTES).is_file():  # weights from the Hub have a run.yaml beside
         return path
-    if (path / "final").is_dir():
-        return path / "final"
-    checkpoints = all_checkpoints(path)
-    if not checkpoints:
+    run = RunFolder(path)
+    newest = run.newest()
+    if newest is None:
         raise WeightsError(
             f"the run '{path}' has neither final/ nor a checkpoint yet; go on with it: "
             f"sdtune train {path / 'run.yaml'} --resume"
         )
-    return checkpoints[-1] / "weights"
+    if unfinished := run.unfinished():
+        tell(f"{path}: {unfinished}, the run is not finished")
+    return newest
+
+
+@cache
+def tell(words: str) -> None:
+    """Say something on stderr, once."""
+    if distributed.is_main():
+        print(words, file=sys.stderr)
+
+
+def noted_step(weights: Path) -> float:
+    """After how many optimizer steps weights were written, as stands beside them; infinite where it does not."""
+    try:
+        return int(json.loads((weights / NOTES).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError):
+        return math.inf
 
 
 def model_place(name: str) -> str:

@@ -9,7 +9,9 @@ import torch
 
 from sdtune.config import load
 from sdtune.errors import ConfigError, DataError, RunError, TrainingError, UsageError, WeightsError
+from sdtune.hub_folder import write_hub_folder
 from sdtune.run import Run
+from sdtune.run_folder import RunFolder, weights_folder
 from tests.factories import VAE, losses, make_photos, make_recipe, weights
 
 FULL = {"kind": "full"}
@@ -212,6 +214,33 @@ def test_a_finished_run_can_be_made_longer_from_its_true_end(sd: Path, photos: P
     whole = finished(make_recipe(sd, photos, tmp_path / "whole", train={"steps": 5}, **common))
     assert losses(longer.folder.path) == losses(whole.folder.path)
     assert_equal(weights(tmp_path / "run" / "final"), weights(tmp_path / "whole" / "final"))
+
+
+def test_a_finished_run_that_is_made_longer_and_killed(
+    sd: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """final/ is the old one until the new end: the newest weights are taken, and what they are is told."""
+    run, every = tmp_path / "run", {"output": {"checkpoint_every": 2, "keep_last": None}}
+    finished(make_recipe(sd, photos, run, **every))
+    capsys.readouterr()
+    assert weights_folder(run) == run / "final" and capsys.readouterr().err == ""
+    longer = make_recipe(sd, photos, run, train={"steps": 6}, **every)
+    for stop, newest in ((3, "final"), (5, "checkpoints/step-000004/weights")):
+        for info in Run(longer, resume=True).steps():
+            if info.step == stop:
+                break
+        capsys.readouterr()
+        assert weights_folder(run) == run / newest
+        assert capsys.readouterr().err == f"{run}: step {stop - 1} of 6, the run is not finished\n"
+        with pytest.raises(RunError, match=f"has not ended: it is at step {stop - 1} of 6.*--resume"):
+            write_hub_folder(RunFolder(run), "ann/dog")
+    for _ in Run(longer, resume=True).steps():
+        pass  # killed between its last step and final/
+    again = Run(longer, resume=True)
+    assert again.step == 6
+    again.complete()
+    assert weights_folder(run) == run / "final"
+    assert_equal(weights(run / "final"), weights(run / "checkpoints" / "step-000006" / "weights"))
 
 
 def test_a_finished_run_without_a_checkpoint_is_kept(sd: Path, photos: Path, tmp_path: Path) -> None:

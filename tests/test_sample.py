@@ -88,12 +88,19 @@ def test_a_run_draws_what_it_learned(runs: dict[str, Any], name: str) -> None:
         assert_same(pictures(beside), expected)
 
 
-def test_a_run_that_is_not_finished_draws_with_its_last_checkpoint(runs: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_that_is_not_finished_draws_with_its_last_checkpoint(
+    runs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["full"].folder.path, run)
     shutil.rmtree(run / "final")
-    expected = pictures(open_model(str(run / "checkpoints" / "step-000003" / "weights"), device=CPU))
+    (run / "checkpoints" / "step-000003").rename(tmp_path / "late")
+    step = run / "checkpoints" / "step-000002"
+    expected = pictures(open_model(str(step / "weights"), device=CPU))
+    assert_same(pictures(open_model(str(step), device=CPU)), expected)
+    assert "not finished" not in capsys.readouterr().err  # it was named
     assert_same(pictures(open_model(str(run), device=CPU)), expected)
+    assert f"{run}: step 2 of 3, the run is not finished\n" in capsys.readouterr().err
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(WeightsError, match="neither final/ nor a checkpoint yet; .*--resume"):
         open_model(str(run), device=CPU)
