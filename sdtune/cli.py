@@ -307,7 +307,7 @@ def caption(
 @app.command()
 def export(
     source: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run, its final/ or a checkpoint's weights/, or a LoRA.")
+        str, typer.Argument(metavar="RUN", help="A run, its final/ or a checkpoint, a model, or a LoRA.")
     ],
     kind: Annotated[str, typer.Option("--format", help="diffusers, peft, kohya, single-file or merged.")],
     out: Annotated[Path, typer.Option(metavar="PATH", help="The new folder, or .safetensors file.")],
@@ -333,6 +333,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Nobody else may see it.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the folder, and show what would go up.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where to write the folder; else RUN/push.")] = None,
+    license: Annotated[str | None, typer.Option(help="As the Hub calls it; that of the base unless told.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -341,7 +342,7 @@ def push(
     def execute() -> int:
         from sdtune.hub import command
 
-        return command(run, repo, private=private, dry_run=dry_run, out=out, as_json=as_json)
+        return command(run, repo, private=private, dry_run=dry_run, out=out, license=license, as_json=as_json)
 
     _end_with(execute, debug)
 

@@ -43,7 +43,13 @@ class Pushed:
 
 
 def push(
-    run: str | Path, repo: str, *, private: bool = False, dry_run: bool = False, out: Path | None = None
+    run: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    dry_run: bool = False,
+    out: Path | None = None,
+    license: str | None = None,
 ) -> Pushed:
     """Write the folder of a model and upload it; what the repository holds besides stays.
 
@@ -51,6 +57,7 @@ def push(
         run: run folder. repo: user/name; it is made where it does not exist.
         private: nobody else may see it. dry_run: only write the folder.
         out: where to write it; None: push/ in the run folder.
+        license: as the Hub calls it, such as openrail++; None takes that of the base, where it is known.
 
     Raises:
         UsageError: not a run folder or not a name. RunError: the run has not ended.
@@ -59,7 +66,7 @@ def push(
     check_name(repo)
     if not dry_run:
         check_login()
-    folder = write_hub_folder(RunFolder(run), repo, out)
+    folder = write_hub_folder(RunFolder(run), repo, out, license)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     pushed = Pushed(address(repo), folder, dict(sorted(files.items())))
     if not dry_run:
@@ -281,10 +288,11 @@ def command(
     private: bool = False,
     dry_run: bool = False,
     out: Path | None = None,
+    license: str | None = None,
     as_json: bool = False,
 ) -> int:
     """`sdtune push`: see `push`; returns the exit code. With `as_json` it ends with one JSON object on stdout."""
-    pushed = push(run, repo, private=private, dry_run=dry_run, out=out)
+    pushed = push(run, repo, private=private, dry_run=dry_run, out=out, license=license)
     if as_json:
         result: dict[str, Any] = {"url": None if dry_run else pushed.url, "repo": repo, "dry_run": dry_run}
         print(json.dumps(result | {"folder": str(pushed.folder), "files": pushed.files}))

@@ -22,13 +22,14 @@ CARD = "README.md"
 ORIGINS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 
 
-def write_hub_folder(run: RunFolder, repo: str, out: Path | None = None) -> Path:
+def write_hub_folder(run: RunFolder, repo: str, out: Path | None = None, license: str | None = None) -> Path:
     """Write all that goes to a repository; returns where it stands.
 
     Args:
         run: a run that has ended.
         repo: user/name, which the card speaks of.
         out: a new or empty folder; None: push/ in the run folder, in place of an older one.
+        license: see `model_card`.
 
     Raises:
         RunError: the run has not ended, its run.yaml is damaged, or the folder cannot be written.
@@ -45,10 +46,12 @@ def write_hub_folder(run: RunFolder, repo: str, out: Path | None = None) -> Path
     target = out if out is not None else run.path / FOLDER
     with written_aside(target) as aside:
         notes = copy_weights(run.final, aside)
-        gallery = copy_pictures(run.path / "samples", aside)
+        drawn = recipe.task == "denoising"  # a VAE's samples are the training pictures themselves, and stay here
+        gallery = copy_pictures(run.path / "samples", aside) if drawn else []
         rows = read_metrics(run.metrics) if run.metrics.is_file() else []
         inpaints = bool(notes.get("inpaints"))
-        write_text(aside / CARD, model_card(recipe, repo, gallery=gallery, rows=rows, inpaints=inpaints))
+        card = model_card(recipe, repo, gallery=gallery, rows=rows, inpaints=inpaints, license=license)
+        write_text(aside / CARD, card)
         write_text(aside / "run.yaml", dump(recipe))
     return target
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sdtune.config import Recipe
 from sdtune.config.shareable import is_local
-from sdtune.config.shipped import TINY
+from sdtune.config.shipped import ASSET_PREFIX, TINY
 from sdtune.model_code import loading_code
 from sdtune.report import facts
 
@@ -50,6 +50,7 @@ def model_card(
     gallery: Sequence[tuple[str, str]] = (),
     rows: Sequence[Mapping[str, Any]] = (),
     inpaints: bool = False,
+    license: str | None = None,
 ) -> str:
     """The README.md of a model repository.
 
@@ -57,6 +58,7 @@ def model_card(
         recipe: of the run, made shareable: what stands in it is shown.
         repo: user/name. gallery: prompts, and where in the repository their pictures are.
         rows: of metrics.jsonl. inpaints: whether the model is one for inpainting.
+        license: the Hub's name of the licence; None takes that of the base, where it is known.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -72,7 +74,7 @@ def model_card(
     code = loading_code(recipe, repo, prompt, inpaints=inpaints)
     facts_of_run = facts(recipe.model_dump(by_alias=True), rows)
     return pages.get_template("model_card.md").render(
-        metadata=metadata(recipe, gallery, inpaints),
+        metadata=metadata(recipe, gallery, inpaints, license),
         title=repo.split("/")[1],
         summary=summary(recipe, inpaints),
         triggers=triggers,
@@ -81,11 +83,13 @@ def model_card(
         code=code,
         facts=[(word, cell(value)) for word, value in facts_of_run],
         command=" ".join(["sdtune train run.yaml", *overrides(recipe)]),
-        licence=licence_text(recipe),
+        licence=licence_text(recipe, license),
     )
 
 
-def metadata(recipe: Recipe, gallery: Sequence[tuple[str, str]], inpaints: bool) -> str:
+def metadata(
+    recipe: Recipe, gallery: Sequence[tuple[str, str]], inpaints: bool, license: str | None = None
+) -> str:
     """The head of the card, as YAML that the Hub reads."""
     from huggingface_hub import ModelCardData
 
@@ -93,7 +97,7 @@ def metadata(recipe: Recipe, gallery: Sequence[tuple[str, str]], inpaints: bool)
     drawing = None if vae else "image-to-image" if inpaints else "text-to-image"
     triggers = trigger_words(recipe)
     fields: dict[str, Any] = {
-        "license": licence(recipe),
+        "license": license or licence(recipe),
         "library_name": "diffusers",
         "pipeline_tag": drawing,
         "base_model": base,
@@ -158,8 +162,10 @@ def licence(recipe: Recipe) -> str | None:
     return LICENCES.get(recipe.model.base or "")
 
 
-def licence_text(recipe: Recipe) -> str:
-    """What to know about the use of the weights."""
+def licence_text(recipe: Recipe, license: str | None = None) -> str:
+    """What to know about the use of the weights; `license` is what was chosen."""
+    if license:
+        return f"`{license}`."
     known, base = licence(recipe), hub_base(recipe)
     if known:
         return f"`{known}`, which is that of the base model."
@@ -168,8 +174,9 @@ def licence_text(recipe: Recipe) -> str:
 
 
 def overrides(recipe: Recipe) -> list[str]:
-    """What someone else says of places that are on this machine alone."""
-    found = [f"data.{i}.path=FOLDER" for i, source in enumerate(recipe.data) if source.path and is_local(source.path)]
+    """What someone else says of places that are on this machine alone, and of the pictures."""
+    paths = [source.path or TINY for source in recipe.data]
+    found = [f"data.{i}.path=FOLDER" for i, path in enumerate(paths) if is_local(path) or path.startswith(ASSET_PREFIX)]
     model = [name for name in ("base", "vae") if is_local(getattr(recipe.model, name) or TINY)]
     return [f"model.{name}=FOLDER" for name in model] + found
 

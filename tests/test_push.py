@@ -16,6 +16,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.hf_api import api
 from PIL import Image
 from pydantic import BaseModel
+from typer.testing import CliRunner
 
 from sdtune import hub as pushing
 from sdtune.cli import app
@@ -110,6 +111,18 @@ def test_the_card_tells_each_rate_and_the_command_that_trains_it() -> None:
     card = model_card(recipe, "ann/cat")
     assert "| Learning rate | 0.001 (tokens 0.01), constant |" in card
     assert "\nsdtune train run.yaml\n" in card
+
+
+def test_the_command_of_the_card_asks_for_other_pictures() -> None:
+    card = model_card(make_recipe("tiny", "assets:demo", "run"), "ann/dog")
+    assert "\nsdtune train run.yaml data.0.path=FOLDER\n" in card
+
+
+def test_a_licence_may_be_chosen(hub: HubStandIn, lora: Path, tmp_path: Path) -> None:
+    words = ["push", str(lora), "ann/dog", "--dry-run", "--license", "cc-by-4.0", "--out", str(tmp_path / "card")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    card = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "cc-by-4.0" and "\n`cc-by-4.0`.\n" in card
 
 
 def test_nothing_personal_goes_up(hub: HubStandIn, lora: Path, tmp_path: Path, sd: Path) -> None:
