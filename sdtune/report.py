@@ -114,6 +114,7 @@ def write_report(
         comparisons=comparisons,
         curve=loss_curve(rows),
         samples=samples(folder.path / "samples"),
+        reconstructed=recipe["task"] == "autoencoding",
         commands=commands(folder.path, recipe),
         settings=written.read_text(encoding="utf-8"),
         environment=text_of(folder.path / "environment.json"),
@@ -143,6 +144,9 @@ def facts(recipe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[
     _, held = column(rows, "val_loss")
     if len(held):
         found.append(("Held-out loss", f"{held[0]:.4g} to {held[-1]:.4g}"))
+    _, nearness = column(rows, "psnr")
+    if len(nearness):
+        found.append(("PSNR of reconstructions", f"{nearness[0]:.1f} to {nearness[-1]:.1f} dB"))
     _, rate = column(rows, "samples_per_second")
     if len(rate):
         found.append(("Speed", f"{sorted(rate)[len(rate) // 2]:.3g} pictures a second"))

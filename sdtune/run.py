@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sdtune import building, caching, checkpoint, distributed
-from sdtune.config import DataSource, Recipe, dump, load
+from sdtune.config import DataSource, Recipe, Samples, dump, load
 from sdtune.config.checks import doubtful
 from sdtune.config.memory_checks import needs_bitsandbytes
 from sdtune.data.batches import batches
@@ -305,21 +305,41 @@ class Run:
         self.logbook.write({"step": self.step, "val_loss": torch.cat(losses).mean().item()})
 
     def draw_samples(self) -> None:
-        """Pictures of the recipe's prompts, from the same initial noise at every call."""
+        """Pictures of the recipe's prompts, from the same initial noise at every call; of a VAE reconstructions."""
         settings = self.recipe.validation.samples
         if settings and distributed.is_main():
-            from sdtune.sample import draw_pictures
-
-            seeds = [settings.seed + i for i in range(len(settings.prompts))]
-            options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance}
-            options |= {"sampler": settings.sampler} if settings.sampler else {}
+            sources = [self.validation] if self.held_out else self.sources
             with self.averaged(), self.accelerator.autocast(), building.decoding(self.family, self.accelerator.device):
-                size: dict[str, Any] = {"height": self.height, "width": self.width}
-                sources = [self.validation] if self.held_out else self.sources
-                shown = building.make_shown(self.recipe, sources, len(seeds)) if self.family.inpaints else None
-                pictures = list(draw_pictures(self.family, settings.prompts, seeds, **size, **options, shown=shown))
-            self.folder.save_samples(self.step, pictures, {"prompts": settings.prompts, "seeds": seeds, **options})
+                if isinstance(self.task, AutoencodingTask):
+                    self.draw_reconstructions(settings, sources)
+                else:
+                    self.draw_prompts(settings, sources)
         distributed.barrier()
+
+    def draw_prompts(self, settings: Samples, sources: Sequence[Source]) -> None:
+        """A picture of each prompt, in inpainting runs painted into one of `sources`."""
+        from sdtune.sample import draw_pictures
+
+        seeds = [settings.seed + i for i in range(len(settings.prompts))]
+        options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance}
+        options |= {"sampler": settings.sampler} if settings.sampler else {}
+        size: dict[str, Any] = {"height": self.height, "width": self.width}
+        shown = building.make_shown(self.recipe, sources, len(seeds)) if self.family.inpaints else None
+        pictures = list(draw_pictures(self.family, settings.prompts, seeds, **size, **options, shown=shown))
+        self.folder.save_samples(self.step, pictures, {"prompts": settings.prompts, "seeds": seeds, **options})
+
+    def draw_reconstructions(self, settings: Samples, sources: Sequence[Source]) -> None:
+        """Pictures of `sources` beside what the VAE makes of them, and the mean of how near they are."""
+        from sdtune.reconstructions import reconstructions
+        from sdtune.sample import evaluating
+
+        shown = building.make_held_out(self.recipe, sources, settings.count, 1, self.buckets)
+        with evaluating(self.family):
+            pixels = (batch.pixels[0] for batch in shown if batch.pixels is not None)
+            pictures, nearness = zip(*reconstructions(self.family, pixels), strict=True)
+        names = [batch.captions[0] or f"picture {number}" for number, batch in enumerate(shown, 1)]
+        self.folder.save_samples(self.step, pictures, {"prompts": names, "psnr": nearness})
+        self.logbook.write({"step": self.step, "psnr": sum(nearness) / len(nearness)})
 
     def save_checkpoint(self) -> None:
         """Write all that `restore` needs, and the weights as other tools read them."""

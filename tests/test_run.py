@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sdtune.config import load
 from sdtune.errors import ConfigError, DataError, RunError, TrainingError, UsageError, WeightsError
@@ -315,6 +317,34 @@ def test_a_vae_from_scratch_learns_and_gets_its_scaling_factor(photos: Path, tmp
     with torch.no_grad():
         latents = vae.encode(to_float(pixels)).latent_dist.mean * vae.config.scaling_factor
     assert latents.std().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_vae_can_be_looked_at(sd: Path, tmp_path: Path, held_out: bool) -> None:
+    photos = make_photos(tmp_path / "photos", 4, size=(96, 64))
+    recipe = make_recipe(
+        sd, photos, tmp_path / "run", task="autoencoding", adapter=FULL, train={"steps": 20}, optimizer={"lr": 3e-3},
+        images={"buckets": True}, validate={"fraction": 0.25 if held_out else 0.0, "samples": {"count": 2}},
+    )  # fmt: skip
+    run = finished(recipe)
+    nearness = []
+    for step in (0, 20):
+        stage = run.folder.path / "samples" / f"step-{step:06d}"
+        facts = json.loads((stage / "prompts.json").read_text())
+        assert len(list(stage.glob("*.png"))) == len(facts["prompts"]) == (1 if held_out else 2)
+        for name, told, number in zip(facts["prompts"], facts["psnr"], range(2), strict=False):
+            both = np.asarray(Image.open(stage / f"{number:02d}.png")).astype(float)
+            picture, back = np.split(both, 2, axis=1)
+            source = np.asarray(Image.open(photos / f"{name.removeprefix('a photo of dog ')}.png"))
+            assert source.shape[1] > source.shape[0] and picture.shape[1] > picture.shape[0]
+            assert np.abs(picture.mean((0, 1)) - source.mean((0, 1))).max() < 5
+            assert told == pytest.approx(10 * np.log10(255**2 / ((picture - back) ** 2).mean()))
+        nearness.append(sum(facts["psnr"]) / len(facts["psnr"]))
+    rows = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
+    assert [row["psnr"] for row in rows if "psnr" in row] == nearness and nearness[1] > nearness[0]
+    page = (run.folder.path / "report.html").read_text(encoding="utf-8")
+    assert "as the VAE gives it back" in page and f"{nearness[0]:.1f} to {nearness[1]:.1f} dB" in page
+    assert not list(write_hub_folder(run.folder, "ann/vae").rglob("*.png"))  # they are the user's own pictures
 
 
 def test_a_vae_from_weights_keeps_its_scaling_factor(sd: Path, photos: Path, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ WHEN = {
     "validate.fraction": "0.05 to 0.1 with some hundred pictures; 0 with a handful.",
     "validate.count": "Lower where measuring takes too long.",
     "validate.samples.prompts": "Always: some with the new thing, one without it, one that must stay as it was.",
+    "validate.samples.count": "More for pictures of many kinds.",
     "validate.samples.seed": "When the noise of one seed hides the effect.",
     "validate.samples.steps": "As you will draw.",
     "validate.samples.guidance": "As you will draw.",

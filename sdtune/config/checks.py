@@ -24,8 +24,8 @@ DENOISING_ONLY = (
     "images.tag_shuffle",
     "images.keep_tags",
     "images.max_tokens",
-    "validate.samples",
 )
+DRAWING = ("prompts", "seed", "steps", "guidance", "sampler")  # of validate.samples: what a VAE has no use for
 BUCKETS_ONLY = ("images.bucket_step", "images.bucket_aspect", "images.upscale")
 LOADING_ONLY = ("model.inpaint", "model.variant", "model.revision", "model.vae", "model.allow_pickle")
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -56,10 +56,14 @@ def unused_keys(recipe: Recipe) -> dict[str, str]:
         why = "an autoencoding run has no text and no timesteps; remove it"
         keys |= dict.fromkeys(DENOISING_ONLY, why)
         keys["train.compile"] = "is for a denoiser, and an autoencoding run has none; remove it"
+        if recipe.validation.samples is not None:
+            keys |= dict.fromkeys((f"validate.samples.{name}" for name in DRAWING), why)
         keys["train.cache_dir"] = "an autoencoding run changes the VAE in each step, and the latents with it; remove it"
     else:
         keys["reconstruction"] = "is read by task: autoencoding only; remove it"
         keys["adapter.decoder_only"] = "is read by task: autoencoding only; remove it"
+        if recipe.validation.samples is not None:
+            keys["validate.samples.count"] = "is read by task: autoencoding only; remove it"
         if not recipe.adapter.text_encoder:
             why = "is read with adapter.text_encoder=true only; set that or remove it"
             keys |= dict.fromkeys(("adapter.text_encoder_until", "adapter.denoiser_from"), why)
@@ -310,6 +314,8 @@ def _schedule(recipe: Recipe) -> Iterator[Fault]:
     scheduler = (recipe.model.from_config or {}).get("scheduler")
     length = scheduler.get("num_train_timesteps", 1000) if isinstance(scheduler, dict) else 1000
     samples = recipe.validation.samples
+    if samples is not None and not samples.prompts and recipe.task == "denoising":
+        yield "validate.samples.prompts", "missing; expected a list of texts (at least 1)"
     if samples is not None and isinstance(length, int) and samples.steps > length:
         what = f"got {samples.steps}, expected at most {length}: the noise schedule of model.from_config has no more"
         yield "validate.samples.steps", what

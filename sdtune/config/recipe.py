@@ -279,7 +279,17 @@ class TrainSettings(Section):
 class Samples(Section):
     """Pictures drawn while training."""
 
-    prompts: list[str] = Field(min_length=1, description="One picture each.", examples=[["a photo of a dog"]])
+    prompts: list[str] = Field(
+        default_factory=list,
+        description="One picture each; must be given but for a VAE.",
+        examples=[["a photo of a dog"]],
+    )
+    count: int = Field(
+        8,
+        ge=1,
+        description="Task autoencoding: how many held-out pictures (else of the data) are shown as the VAE gives them "
+        "back.",
+    )
     seed: int = Field(0, ge=0, description="Seed of the first noise.")
     steps: int = Field(25, ge=1, le=1000, description="Sampling steps.")
     guidance: float = Field(7.5, ge=0, description="Guidance scale.")

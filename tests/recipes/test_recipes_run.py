@@ -116,7 +116,9 @@ def small(path: Path) -> Recipe:
         make_source(source, recipe.objective.outside_mask is not None, classes_of(recipe))
         if source.generate:
             changes |= {f"data.{number}.generate": 2, f"data.{number}.drawing.steps": 2}
-    if recipe.validation.samples:
+    if recipe.validation.samples and recipe.task == "autoencoding":
+        changes["validate.samples.count"] = 1
+    elif recipe.validation.samples:
         word = " ".join(token.token for token in recipe.adapter.tokens or [])
         prompt = next(iter(classes_of(recipe)), f"a dog {word}")
         changes |= {"validate.samples.prompts": f"['{prompt}']", "validate.samples.steps": 2}
