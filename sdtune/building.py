@@ -1,6 +1,7 @@
 """From settings to objects: each function reads the part of a recipe that it is named after."""
 
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -12,6 +13,7 @@ from torch import nn
 
 from sdtune.adapters import NETWORKS, SETTINGS, adapter_class
 from sdtune.adapters.base import TOKENS, Adapter
+from sdtune.adapters.learned import holds_adapter
 from sdtune.adapters.textual_inversion import TextualInversion
 from sdtune.adapters.together import Together
 from sdtune.adapters.tokens import Token, embedding_files, token_files
@@ -25,7 +27,7 @@ from sdtune.data.sources import Source, load_source
 from sdtune.data.store import Stores
 from sdtune.diffusion.objectives import PLAIN, Objective
 from sdtune.diffusion.schedule import Prediction
-from sdtune.errors import DataError, UsageError
+from sdtune.errors import DataError, UsageError, WeightsError
 from sdtune.families import family_class
 from sdtune.families.base import Family
 from sdtune.families.inpainting import widen
@@ -81,7 +83,7 @@ def open_family(
     else:
         options |= {"vae": model_place(model.vae) if model.vae else None}
         options |= {"variant": model.variant, "revision": model.revision, "allow_pickle": model.allow_pickle}
-        family = kind.load(model_place(str(model.base)), parts=parts, **options)
+        family = kind.load(base_place(str(model.base)), parts=parts, **options)
     if model.inpaint:
         widen(family.modules[family.denoiser])
     if family.scheduler:
@@ -89,6 +91,17 @@ def open_family(
     if size is not None:
         family.note_size(*size)
     return family
+
+
+def base_place(name: str) -> str:
+    """Where a base model is, as `model_place` has it. Raises WeightsError where it is an adapter, and no model."""
+    place = Path(model_place(name))
+    if holds_adapter(place) and not (place / "model_index.json").is_file():
+        raise WeightsError(
+            f"'{name}' is what an adapter learned, not a whole model; make one of it, and name that: sdtune export "
+            f"{shlex.quote(name)} --format merged --out FOLDER"
+        )
+    return str(place) if place.exists() else name
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:

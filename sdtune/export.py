@@ -18,6 +18,7 @@ from sdtune.adapters.lora_files import WEIGHTS_NAME as LORA_NAME
 from sdtune.adapters.lora_files import LoraFile, check_fit, load_lora, read_lora
 from sdtune.adapters.lora_layers import LoraLayer
 from sdtune.adapters.tokens import is_embedding, load_embedding, read_embedding
+from sdtune.building import base_place
 from sdtune.checkpoint import could_not_write, written_aside
 from sdtune.config import resolve_asset
 from sdtune.data.atomic import flush
@@ -32,6 +33,7 @@ from sdtune.opening import open_base, open_whole, read_notes
 from sdtune.run_folder import weights_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
+NAME_BASE = "add --base MODEL"
 FAMILY_KINDS = {"sdxl": "SDXL"}  # families of one kind
 
 
@@ -45,7 +47,7 @@ class Source:
         tokens: the files of new tokens' embeddings.
         notes: what the run noted beside its weights (sdtune.json); empty for other models.
         recipe: the run's settings, run.yaml; empty for other models.
-        base: the model of `--base`, if it was named.
+        base: where the model of `--base` is, if it was named.
     """
 
     place: str
@@ -60,20 +62,38 @@ class Source:
         """Whether it is a model with all its weights."""
         return self.lora is None and not self.tokens
 
+    @property
+    def is_vae(self) -> bool:
+        """Whether it is a VAE, the result of a run that trained one."""
+        return self.notes.get("task") == "autoencoding"
+
     def open(self) -> Family:
-        """The whole model, with the LoRA merged in and the tokens known."""
+        """The whole model, with the LoRA merged in and the tokens known; of a VAE's run the VAE alone."""
         path = Path(self.place)
         if not self.whole:
-            family = open_whole(self.base, {}) if self.base else open_base(path, dict(self.notes))
+            family = open_whole(self.base, {}) if self.base else open_base(path, dict(self.notes), NAME_BASE)
             for file in self.tokens:
                 load_embedding(family, file)
             if self.lora is not None:
                 load_lora(family, self.lora)
             return family
-        if self.notes.get("task") == "autoencoding":
+        if self.is_vae:
             family_of: Any = family_class(self.notes["family"])
             return family_of({"vae": family_of.open("vae", str(path), None)})
         return open_whole(self.place, dict(self.notes))
+
+    def open_around_vae(self) -> Family:
+        """The model that a VAE was trained for, with the new VAE in it; the VAE alone where there is no such model."""
+        if self.base:
+            return open_whole(self.base, {}, vae=self.place)
+        if self.notes.get("base"):
+            return open_base(Path(self.place), {**self.notes, "vae": self.place}, NAME_BASE)
+        print(
+            f"{self.place}: this VAE was made from scratch, for no model; it is written alone (into a model: --base "
+            "MODEL)",
+            file=sys.stderr,
+        )
+        return self.open()
 
     def layers(self, dtype: str | None) -> tuple[LoraFile, dict[str, LoraLayer], dict[str, Any] | None]:
         """The LoRA, its layers in that precision, and config.json of the base's UNet if the base is here.
@@ -106,10 +126,10 @@ def noted_base(notes: Mapping[str, Any]) -> str | None:
 
 
 def find_source(place: str, base: str | None = None) -> Source:
-    """What a path means: a run, its final/, a checkpoint's weights/, a LoRA, a model's folder, file or hub id.
+    """What a path means: a run, its final/, a checkpoint, a LoRA, a model's folder, file or hub id.
 
     Raises:
-        WeightsError: there is nothing there. UsageError: `base` is named for a whole model.
+        WeightsError: there is nothing there, or `base` is an adapter. UsageError: `base` is named for a whole model.
     """
     given = Path(resolve_asset(place))
     path = weights_folder(given)
@@ -119,15 +139,10 @@ def find_source(place: str, base: str | None = None) -> Source:
     learned = _learned(path, notes)
     tokens = [file for file in learned if file.is_file() and is_embedding(file)]
     lora = next((file for file in learned if file not in tokens), None)
-    if base and not learned:
+    source = Source(str(path) if path.exists() else place, lora, tokens, notes, recipe, base and base_place(base))
+    if base and source.whole and not source.is_vae:
         raise UsageError(f"--base: '{place}' is a whole model and needs none; leave it out")
-    return Source(str(path) if path.exists() else place, lora, tokens, notes, recipe, base and place_of(base))
-
-
-def place_of(base: str) -> str:
-    """Where the weights of a named base are: of a run its final/; a hub id stays as it is."""
-    path = weights_folder(Path(resolve_asset(base)))
-    return str(path) if path.exists() else base
+    return source
 
 
 def _learned(path: Path, notes: Mapping[str, Any]) -> list[Path]:
@@ -146,7 +161,7 @@ def export_diffusers(source: Source, out: Path, dtype: str | None) -> None:
     from sdtune.adapters.lora_writing import write_diffusers
 
     if source.whole:
-        export_merged(source, out, dtype)
+        write_model(source.open(), out, dtype)
         return
     layers = source.layers(dtype)[1] if source.lora else {}
     if out.suffix != ".safetensors":
@@ -262,8 +277,13 @@ def export_single_file(source: Source, out: Path, dtype: str | None) -> None:
 
 
 def export_merged(source: Source, out: Path, dtype: str | None) -> None:
-    """A folder that stock diffusers opens, a LoRA merged in."""
-    family = source.open()
+    """A folder that stock diffusers opens, a LoRA merged in, a VAE in its place."""
+    family = source.open_around_vae() if source.is_vae else source.open()
+    write_model(family, out, dtype)
+
+
+def write_model(family: Family, out: Path, dtype: str | None) -> None:
+    """Write what there is of a model as a diffusers folder."""
     with written_aside(out) as aside:
         family.save(aside, dtype)
 

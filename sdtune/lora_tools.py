@@ -18,8 +18,9 @@ from sdtune.adapters.lora_files import (
 )
 from sdtune.adapters.lora_writing import kohya_names, write_diffusers, write_kohya
 from sdtune.adapters.tokens import embedding_files, read_embedding
+from sdtune.building import base_place
 from sdtune.errors import UsageError, WeightsError
-from sdtune.export import file_aside, noted_base, place_of, sdxl_blocks
+from sdtune.export import file_aside, noted_base, sdxl_blocks
 from sdtune.families.headers import layer_shapes, unet_config
 from sdtune.opening import read_notes
 from sdtune.run_folder import weights_folder
@@ -44,7 +45,7 @@ def info(place: str | Path, base: str | None = None) -> dict[str, Any]:
         not be loaded, or None) and metadata.
     """
     file = find_lora(weights_folder(Path(place)))
-    base = base and place_of(base)
+    base = base and base_place(base)
     lora = read_lora(file, unet_config(base) if base else None)
     layers = lora.layers.values()
     facts: dict[str, Any] = {
@@ -52,7 +53,7 @@ def info(place: str | Path, base: str | None = None) -> dict[str, Any]:
         "format": lora.style if lora.layers else None,
         "kind": _one({layer.kind for layer in layers}),
         "rank": _one({layer.rank for layer in layers if layer.rank is not None}),
-        "alpha": _one({round(layer.alpha, 6) for layer in layers}),
+        "alpha": _one({round(layer.alpha, 6) for layer in layers if layer.rank is not None}),
         "targets": sorted({ending(name) for name in lora.layers}),
         "networks": sorted({name.partition(".")[0] for name in lora.layers}),
         "base": lora.base,
@@ -167,7 +168,7 @@ def read(places: Sequence[str], base: str | None, kind: str) -> tuple[list[Layer
     folders = [weights_folder(Path(place)) for place in places]
     for folder in folders:
         check_no_tokens(folder)
-    known = place_of(base) if base else None
+    known = base_place(base) if base else None
     if not base and kind == "kohya":
         known = next(filter(None, (noted_base(read_notes(folder)) for folder in folders)), None)
     unet = unet_config(known) if known else None

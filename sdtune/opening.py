@@ -20,7 +20,7 @@ def open_model(model: str, lora: str | None = None, *, device: torch.device, pre
     """The family behind a name, on its device, with its adapter if it is one, and then with another.
 
     Args:
-        model: run folder, its final/ or a checkpoint's weights/, diffusers folder, hub id, or tiny.
+        model: run folder, its final/ or a checkpoint, diffusers folder, hub id, or tiny.
         lora: file of a LoRA, of a relative of it or of a token, or a folder or run that holds some.
         precision: of the networks on a GPU, as `building.frozen_dtype` has it.
 
@@ -32,7 +32,7 @@ def open_model(model: str, lora: str | None = None, *, device: torch.device, pre
     learned = find_learned(weights_folder(Path(lora))) if lora else []
     if holds_adapter(path):
         learned = find_learned(path) + learned
-        family = open_base(path, notes)
+        family = open_base(path, notes, f"sdtune sample MODEL --lora {path}")
     elif notes.get("task") == "autoencoding":
         raise WeightsError(
             f"'{path}' is a VAE, which draws nothing by itself; train a model with it by model.vae={path}"
@@ -57,27 +57,26 @@ def read_notes(folder: Path) -> dict[str, Any]:
         ) from fault
 
 
-def open_base(folder: Path, notes: dict[str, Any]) -> Family:
-    """The model that a run's adapter was trained on."""
+def open_base(folder: Path, notes: dict[str, Any], remedy: str) -> Family:
+    """The model that a run's adapter or VAE was trained on; `remedy` is how to name it where it is not found."""
     if not notes:
         raise WeightsError(
-            f"'{folder}' holds an adapter and no {NOTES} that names its base model; draw with: "
-            f"sdtune sample BASE --lora {folder}"
+            f"'{folder}' holds an adapter and no {NOTES} that names its base model; name it yourself: {remedy}"
         )
     try:
         return building.open_facts(notes)
     except WeightsError as fault:
         raise WeightsError(
-            f"'{folder}' is an adapter for the model '{notes.get('base')}', which cannot be opened: {fault}. If it is "
-            f"elsewhere now: sdtune sample MODEL --lora {folder}"
+            f"'{folder}' was made for the model '{notes.get('base')}', which cannot be opened: {fault}. If it is "
+            f"elsewhere now: {remedy}"
         ) from fault
 
 
-def open_whole(base: str, notes: dict[str, Any]) -> Family:
-    """A pipeline folder or hub id; its model_index.json says which family it is."""
+def open_whole(base: str, notes: dict[str, Any], vae: str | None = None) -> Family:
+    """A pipeline folder or hub id, with another VAE if one is named; model_index.json says which family it is."""
     kind = read_index(base).get("_class_name")
     names = {pipeline: name for name in FAMILIES for pipeline in family_class(name).pipeline_names}
     if kind not in names:
         raise WeightsError(f"'{base}' is a {kind}; sdtune draws with {', '.join(names)}")
-    model = ModelSettings(family=names[kind], base=base, clip_skip=notes.get("clip_skip", 0))
+    model = ModelSettings(family=names[kind], base=base, vae=vae, clip_skip=notes.get("clip_skip", 0))
     return building.open_family(model, max_tokens=notes.get("max_tokens", 75))

@@ -202,7 +202,7 @@ def command(
     """`sdtune sample`: draw pictures into a folder and print their paths; returns the exit code.
 
     Args:
-        model: run folder, its final/ or a checkpoint's weights/, diffusers folder, hub id, or tiny.
+        model: run folder, its final/ or a checkpoint, diffusers folder, hub id, or tiny.
         prompts: `count` pictures of each, with the seeds `seed`, `seed` + 1, ...
         lora: LoRA file, or a folder or run that holds one.
         steps, guidance, sampler, dynamic_thresholding: as `draw_pictures` has them.

@@ -22,7 +22,7 @@ from sdtune.families.stable_diffusion import StableDiffusion
 from sdtune.opening import open_model
 from sdtune.run import Run
 from tests.adapters.test_lora_formats import answers, close
-from tests.factories import make_photos, make_recipe, weights
+from tests.factories import make_photos, make_recipe, make_sd, weights
 from tests.families.test_single_file import only_configurations
 
 CPU = torch.device("cpu")
@@ -252,11 +252,11 @@ def test_final_checkpoints_and_files_are_sources_too(runs: dict[str, Path], sd: 
         export(find_source(str(place), base), "merged", out)
         there = open_model(str(runs["lora"]) if place != early else str(early), device=CPU)
         close(answers(StableDiffusion.load(str(out))), answers(there))
-    with pytest.raises(WeightsError, match="no sdtune.json that names its base"):
+    with pytest.raises(WeightsError, match="no sdtune.json that names its base.*name it yourself: add --base MODEL"):
         export(find_source(str(final / WEIGHTS_NAME)), "merged", tmp_path / "no")
 
 
-def test_a_vae(sd: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_vae(sd: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "vae"
     recipe = make_recipe(sd, photos, run, task="autoencoding", adapter={"kind": "full"}, train={"cache": False})
     Run(recipe).complete()
@@ -269,6 +269,27 @@ def test_a_vae(sd: Path, photos: Path, tmp_path: Path) -> None:
         StableDiffusion.load(str(sd), vae=str(tmp_path / "vae.safetensors")).modules["vae"],
     ):
         assert all(torch.equal(tensor, trained[key]) for key, tensor in opened.state_dict().items())
+    other = make_sd(tmp_path / "other", seed=1)
+    export(find_source(str(run)), "merged", tmp_path / "merged")
+    export(find_source(str(run), str(other)), "merged", tmp_path / "elsewhere")
+    for base, merged in ((sd, tmp_path / "merged"), (other, tmp_path / "elsewhere")):
+        opened = StableDiffusionPipeline.from_pretrained(merged)
+        unet = StableDiffusionPipeline.from_pretrained(base).unet.state_dict()
+        assert all(torch.equal(tensor, trained[key]) for key, tensor in opened.vae.state_dict().items())
+        assert all(torch.equal(tensor, unet[key]) for key, tensor in opened.unet.state_dict().items())
+    notes = run / "final" / "sdtune.json"
+    notes.write_text(json.dumps(json.loads(notes.read_text()) | {"base": None, "from_config": {"vae": {}}}))
+    export(find_source(str(run)), "merged", tmp_path / "alone")
+    assert "made from scratch, for no model; it is written alone" in capsys.readouterr().err
+    assert (tmp_path / "alone" / "config.json").is_file()
+
+
+def test_an_adapter_is_no_base(runs: dict[str, Path], sd: Path, photos: Path, tmp_path: Path) -> None:
+    match = f"not a whole model; .*: sdtune export {runs['lora']} --format merged --out FOLDER"
+    with pytest.raises(WeightsError, match=match):
+        Run(make_recipe(runs["lora"], photos, tmp_path / "run"))
+    with pytest.raises(WeightsError, match=match):
+        find_source(str(runs["dora"] / "final" / WEIGHTS_NAME), str(runs["lora"]))
 
 
 def test_what_cannot_be_exported_is_told(runs: dict[str, Path], sd: Path, tmp_path: Path) -> None:

@@ -169,6 +169,16 @@ def test_kohyas_header_names_no_rank_where_there_is_none(tmp_path: Path) -> None
     assert rank(conv_in=whole(), conv_out=whole(), time_proj=narrow) == "3"
 
 
+def test_a_pair_of_whole_factors_has_no_alpha(tmp_path: Path) -> None:
+    """Of the layers that have a rank it is told, in kohya's header too."""
+    narrow = LoraLayer({"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(16, 4), "lokr_w2_b": torch.ones(4, 16)}, 4)
+    whole = [LoraLayer({"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(2, 2)}) for _ in range(2)]
+    layers = {"unet.conv_in": whole[0], "unet.conv_out": whole[1], "unet.time_proj": narrow}
+    write_kohya(layers, tmp_path / "a.safetensors", unet=None, header={})
+    facts = info(tmp_path / "a.safetensors")
+    assert facts["alpha"] == 16.0 and facts["metadata"]["ss_network_alpha"] == "16.0"
+
+
 def test_info_of_what_is_no_lora(sd: Path) -> None:
     answer = sdtune("lora", "info", sd / "vae" / "diffusion_pytorch_model.safetensors")
     assert answer.exit_code == 1 and "are no LoRA's, for instance" in answer.stderr

@@ -209,14 +209,14 @@ def test_a_lora_whose_base_is_gone_says_how_to_name_another(runs: dict[str, Any]
     notes = json.loads((final / "sdtune.json").read_text())
     (final / "sdtune.json").write_text(json.dumps(notes | {"base": str(tmp_path / "gone")}))
     with pytest.raises(
-        WeightsError, match=f"is an adapter for the model '{tmp_path / 'gone'}'.*sdtune sample MODEL --lora {final}"
+        WeightsError, match=f"was made for the model '{tmp_path / 'gone'}'.*sdtune sample MODEL --lora {final}"
     ):
         open_model(str(final), device=CPU)
     (final / "sdtune.json").write_text("{")
     with pytest.raises(WeightsError, match="cannot be read"):
         open_model(str(final), device=CPU)
     (final / "sdtune.json").unlink()
-    with pytest.raises(WeightsError, match=f"sdtune sample BASE --lora {final}"):
+    with pytest.raises(WeightsError, match=f"sdtune sample MODEL --lora {final}"):
         open_model(str(final), device=CPU)
 
 

@@ -91,10 +91,10 @@ def write_kohya(layers: Layers, file: Path, *, unet: Mapping[str, Any] | None, h
             tensors[f"{start}.dora_scale"] = layer.magnitude.reshape(sides)
     kinds = {layer.kind for layer in layers.values()}
     lycoris = kinds - {"lora", "dora"}
-    ranks = [layer.rank for layer in layers.values() if layer.rank is not None]  # a pair of whole factors has none
+    narrow = [layer for layer in layers.values() if layer.rank is not None]  # a pair of whole factors has no rank
     facts = {
-        **({"ss_network_dim": str(_most(ranks))} if ranks else {}),
-        "ss_network_alpha": str(_most(layer.alpha for layer in layers.values())),
+        **({"ss_network_dim": str(_most(layer.rank for layer in narrow))} if narrow else {}),
+        **({"ss_network_alpha": str(_most(layer.alpha for layer in narrow))} if narrow else {}),
         "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
         "ss_network_args": json.dumps(_lycoris_args(kinds)),
     }
