@@ -104,7 +104,7 @@ def test_the_message_reads_as_in_the_style_page(bare: Path) -> None:
         ("lr=3", "lr", "unknown key; did you mean 'optimizer.lr'?"),
         ("train.qqq=3", "train.qqq", "unknown key; known here: steps, batch_size"),
         ("adapter.kind=lroa", "adapter.kind", "got 'lroa', expected one of full, lora, rslora, dora, lokr, loha"),
-        ("adapter.kind=textual-inversion", "adapter.tokens", "missing; expected the words to learn, such as adapter."),
+        ("adapter.kind=textual-inversion", "adapter.tokens", "missing; expected the words to learn, such as 'adapter."),
         ("adapter.tokens=[{token: a b}]", "adapter.tokens.0.token", "got 'a b', expected one word without spaces"),
         ("adapter.tokens=[{token: a}, {token: a}]", "adapter.tokens.1.token", "that is not there twice"),
         ("adapter.factor=1", "adapter.factor", "got 1, expected at least 2, or -1 for near the square root"),

@@ -171,7 +171,8 @@ def test_kohyas_header_names_no_rank_where_there_is_none(tmp_path: Path) -> None
 
 def test_a_pair_of_whole_factors_has_no_alpha(tmp_path: Path) -> None:
     """Of the layers that have a rank it is told, in kohya's header too."""
-    narrow = LoraLayer({"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(16, 4), "lokr_w2_b": torch.ones(4, 16)}, 4)
+    factors = {"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(16, 4), "lokr_w2_b": torch.ones(4, 16)}
+    narrow = LoraLayer(factors, scale=4.0)
     whole = [LoraLayer({"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(2, 2)}) for _ in range(2)]
     layers = {"unet.conv_in": whole[0], "unet.conv_out": whole[1], "unet.time_proj": narrow}
     write_kohya(layers, tmp_path / "a.safetensors", unet=None, header={})
