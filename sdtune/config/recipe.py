@@ -66,8 +66,8 @@ class AdapterSettings(Section):
     kind: str = Field("lora", description="A name of sdtune.adapters.ADAPTERS; full: every parameter.")
     init_from: str | None = Field(
         None,
-        description="File, folder or run with the factors, and the tokens, to begin with, in any format that `sdtune "
-        "sample` reads.",
+        description="File, folder or run with the factors, and the tokens (adapter.tokens names each), to begin with, "
+        "in any format that `sdtune sample` reads.",
     )
     rank: int | None = Field(
         None,
