@@ -38,6 +38,7 @@ from sdtune.run_folder import model_place, weights_folder
 from sdtune.tasks import AutoencodingTask, DenoisingTask, Task
 
 COMPILER = "inductor"  # of torch.compile
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_family(recipe: Recipe) -> Family:
@@ -142,7 +143,7 @@ def frozen_dtype(device: torch.device, precision: str, adapter: Adapter | None =
     """What weights that do not learn are rounded to: half precision on a GPU, if nobody writes them; None: nothing."""
     if device.type != "cuda" or (adapter is not None and adapter.writes_base):
         return None
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return HALVES.get(precision)
 
 
 def quantize_frozen(recipe: Recipe, family: Family, device: torch.device) -> None:
@@ -155,7 +156,7 @@ def quantize_frozen(recipe: Recipe, family: Family, device: torch.device) -> Non
 def choose_attention(recipe: Recipe, family: Family, device: torch.device) -> None:
     """Let the networks attend as `train.attention` says. Raises UsageError where that cannot run."""
     if recipe.train.attention != "sdpa":
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.precision, torch.float32)
+        dtype = HALVES.get(recipe.train.precision, torch.float32)
         for network in family.modules.values():
             use_kernel(network, recipe.train.attention, device, dtype)
 

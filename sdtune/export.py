@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from sdtune.adapters.learned import find_learned, holds_adapter
 from sdtune.adapters.lora_files import WEIGHTS_NAME as LORA_NAME
@@ -115,14 +116,14 @@ class Source:
         lora = read_lora(self.lora, config)
         shapes = layer_shapes(base) if base else {name: (*layer.size,) for name, layer in lora.layers.items()}
         check_fit(lora, shapes, self.lora)
-        kept = getattr(torch, dtype) if dtype else None
-        return lora, {name: layer.to(kept) if kept else layer for name, layer in lora.layers.items()}, config
+        layers = {name: layer.to(getattr(torch, dtype)) if dtype else layer for name, layer in lora.layers.items()}
+        return lora, layers, config
 
 
 def noted_base(notes: Mapping[str, Any]) -> str | None:
-    """The base that a run was trained on, where it is a folder or file on this machine."""
+    """Where the base is that a run was trained on, if it is a folder or file on this machine."""
     base = notes.get("base")
-    return str(base) if base and Path(resolve_asset(str(base))).exists() else None
+    return base_place(str(base)) if base and Path(resolve_asset(str(base))).exists() else None
 
 
 def find_source(place: str, base: str | None = None) -> Source:
@@ -190,9 +191,13 @@ def write_token(file: Path, target: Path, dtype: str | None) -> None:
     from safetensors.torch import save_file
 
     token, tensors = read_embedding(file)
+    save_file(converted(tensors, dtype), target, metadata={"format": "pt", "token": token})
+
+
+def converted(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
+    """The tensors in another precision, or in their own, as safetensors wants them."""
     kept = getattr(torch, dtype) if dtype else None
-    header = {"format": "pt", "token": token}
-    save_file({key: tensor.to(kept or tensor.dtype) for key, tensor in tensors.items()}, target, metadata=header)
+    return {key: tensor.detach().to(kept or tensor.dtype).contiguous() for key, tensor in tensors.items()}
 
 
 def export_peft(source: Source, out: Path, dtype: str | None) -> None:
@@ -206,7 +211,7 @@ def export_peft(source: Source, out: Path, dtype: str | None) -> None:
 
 
 def export_kohya(source: Source, out: Path, dtype: str | None) -> None:
-    """A file with kohya's names, alphas and `ss_` header: A1111, ComfyUI, and diffusers."""
+    """A file with kohya's names, alphas and `ss_` header: A1111, ComfyUI, and diffusers; stderr tells of tokens."""
     from sdtune.adapters.lora_writing import write_kohya
 
     lora, layers, unet = source.layers(dtype)
@@ -218,6 +223,12 @@ def export_kohya(source: Source, out: Path, dtype: str | None) -> None:
         for place, file in beside.items():
             with file_aside(place) as aside_too:
                 write_token(file, aside_too, dtype)
+    for place, file in beside.items():
+        print(
+            f"{place}: the embedding of {read_embedding(file)[0]}, for the folder embeddings/; A1111 writes it "
+            f"{place.stem} in prompts, ComfyUI embedding:{place.stem}",
+            file=sys.stderr,
+        )
 
 
 def sdxl_blocks(unet: dict[str, Any] | None, kind: str | None) -> dict[str, Any] | None:
@@ -270,10 +281,8 @@ def export_single_file(source: Source, out: Path, dtype: str | None) -> None:
             f"the original code of Stable Diffusion has no place for the tensor {fault} of '{source.place}'; export it "
             "with --format diffusers"
         ) from fault
-    kept = getattr(torch, dtype) if dtype else None
-    tensors = {key: tensor.detach().to(kept or tensor.dtype).contiguous() for key, tensor in tensors.items()}
     with file_aside(out) as aside:
-        save_file(tensors, aside, metadata=model_header(family, out.stem))
+        save_file(converted(tensors, dtype), aside, metadata=model_header(family, out.stem))
 
 
 def export_merged(source: Source, out: Path, dtype: str | None) -> None:
@@ -363,14 +372,7 @@ def command(
             raise UsageError(f"{option}: got '{got}', expected one of {', '.join(str(k) for k in known if k)}")
     prepare()
     source = find_source(place, base)
-    beside = token_places(source, out) if kind == "kohya" else {}
     export(source, kind, out, dtype)
-    for file, token in beside.items():
-        print(
-            f"{file}: the embedding of {read_embedding(token)[0]}, for the folder embeddings/; A1111 writes it "
-            f"{file.stem} in prompts, ComfyUI embedding:{file.stem}",
-            file=sys.stderr,
-        )
     size = sum(file.stat().st_size for file in ([out] if out.is_file() else out.rglob("*")) if file.is_file())
     if as_json:
         print(json.dumps({"out": str(out), "format": kind, "bytes": size}))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sdtune.adapters.lora_files import WIDTHS
 from sdtune.families.base import Family
 
 ARCHITECTURES = {
@@ -18,7 +19,7 @@ def kind_of(unet: Mapping[str, Any]) -> str | None:
     """SD1, SD2 or SDXL, from a UNet's config.json; None for models of other sizes."""
     if unet.get("addition_embed_type") == "text_time":
         return "SDXL"
-    return {768: "SD1", 1024: "SD2"}.get(unet["cross_attention_dim"])
+    return WIDTHS.get(unet["cross_attention_dim"])
 
 
 def model_header(family: Family, title: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from sdtune.adapters.lora_files import (
     misfits,
     read_lora,
 )
+from sdtune.adapters.lora_names import ending
 from sdtune.adapters.lora_writing import kohya_names, write_diffusers, write_kohya
 from sdtune.adapters.tokens import embedding_files, read_embedding
 from sdtune.building import base_place
@@ -73,14 +74,6 @@ def info(place: str | Path, base: str | None = None) -> dict[str, Any]:
         some = ", ".join(sorted(lora.strange)[:3])
         facts["refused"] = f"{len(lora.strange)} of its {lora.tensors} tensors are no LoRA's, for instance {some}"
     return facts
-
-
-def ending(name: str) -> str:
-    """The part of a layer's name that tells its kind: to_q, to_out.0, ff.net.2, conv1."""
-    *_, before, last = f".{name}".split(".")
-    if before == "net" or (last == "proj" and before.isdecimal()):
-        return name[name.rindex("ff.net") :]
-    return f"{before}.{last}" if last.isdecimal() or (last == "conv" and before.isdecimal()) else last
 
 
 def _one(values: set[Any]) -> Any:

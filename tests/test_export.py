@@ -1,6 +1,7 @@
 """`sdtune export`: each method in each format that has a place for it, opened by stock libraries: equal answers."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sdtune.errors import UsageError, WeightsError
 from sdtune.export import command, export, find_source
 from sdtune.families import single_file
 from sdtune.families.stable_diffusion import StableDiffusion
+from sdtune.lora_tools import info
 from sdtune.opening import open_model
 from sdtune.run import Run
 from tests.adapters.test_lora_formats import answers, close
@@ -282,6 +284,15 @@ def test_a_vae(sd: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFix
     export(find_source(str(run)), "merged", tmp_path / "alone")
     assert "made from scratch, for no model; it is written alone" in capsys.readouterr().err
     assert (tmp_path / "alone" / "config.json").is_file()
+
+
+def test_a_run_is_a_base_of_what_is_exported(runs: dict[str, Path], tmp_path: Path) -> None:
+    """The layers of a LoRA are looked up in the newest weights of the run that it was trained on."""
+    final = shutil.copytree(runs["lora"] / "final", tmp_path / "final")
+    notes = json.loads((final / "sdtune.json").read_text())
+    (final / "sdtune.json").write_text(json.dumps(notes | {"base": str(runs["full"])}))
+    export(find_source(str(final)), "kohya", tmp_path / "a.safetensors")
+    assert info(tmp_path / "a.safetensors", str(runs["full"]))["refused"] is None
 
 
 def test_an_adapter_is_no_base(runs: dict[str, Path], sd: Path, photos: Path, tmp_path: Path) -> None:

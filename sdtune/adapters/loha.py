@@ -3,14 +3,11 @@
 Source: Hyeon-Woo et al. 2022, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning".
 """
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from sdtune.adapters import peft_folder
 from sdtune.adapters.low_rank import LowRank
-from sdtune.families.base import Family
 
 
 class LoHa(LowRank):
@@ -33,7 +30,3 @@ class LoHa(LowRank):
         """See `LowRank.beside`."""
         out, into = layer.weight.shape[0], layer.weight[0].numel()
         return 2 * self.rank * (into + out)
-
-    def save(self, family: Family, folder: Path) -> None:
-        """Write a folder for each network in peft's own format; diffusers' LoRA format has no place for it."""
-        peft_folder.save(family, self.networks, folder)

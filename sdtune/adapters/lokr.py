@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sdtune.adapters import peft_folder
 from sdtune.adapters.low_rank import LowRank
-from sdtune.families.base import Family
 
 
 class LoKr(LowRank):
@@ -57,7 +55,3 @@ class LoKr(LowRank):
         side = into2 * layer.weight[0, 0].numel()
         second = out2 * side if self.rank >= max(out2, into2) / 2 else self.rank * (out2 + side)
         return out1 * into1 + second
-
-    def save(self, family: Family, folder: Path) -> None:
-        """Write a folder for each network in peft's own format; diffusers' LoRA format has no place for it."""
-        peft_folder.save(family, self.networks, folder)

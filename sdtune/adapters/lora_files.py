@@ -19,6 +19,7 @@ from sdtune.adapters import lora_names
 from sdtune.adapters.lora_layers import LoraLayer, Shape
 from sdtune.errors import WeightsError
 from sdtune.families.base import Family
+from sdtune.families.loading import read_json
 from sdtune.families.quantization import QuantizedLinear
 from sdtune.families.saving import historical_key
 from sdtune.families.single_file import LAYOUTS, NAMES
@@ -212,7 +213,7 @@ def published_unet(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """config.json of the published UNet that reads text of the same width as a LoRA does; that of SDXL if unsure."""
     widths = {t.shape[1] for key, t in tensors.items() if re.search(r"attn2.*to_[kv].*(down|lora_A)", key)}
     kind = next((WIDTHS[width] for width in widths if width in WIDTHS), "SDXL")
-    return dict(json.loads((LAYOUTS[kind] / "unet" / "config.json").read_text(encoding="utf-8")))
+    return read_json(LAYOUTS[kind] / "unet" / "config.json")
 
 
 # --- into a model ---------------------------------------------------------------------------------------------------

@@ -45,6 +45,11 @@ class LoraLayer:
         return next((len(self.factors[name]) for name in narrow if name in self.factors), None)
 
     @property
+    def peft_rank(self) -> int:
+        """The rank; of a LoKr whose second factor is whole the smallest for which peft keeps it whole."""
+        return self.rank if self.rank is not None else -(-max(self.factors["lokr_w2"].shape[:2]) // 2)
+
+    @property
     def alpha(self) -> float:
         """`scale` as files keep it: times the rank."""
         return self.scale * (self.rank or 1)

@@ -83,6 +83,11 @@ def unjoin(name: str) -> str:
     return ".".join(WORDS.findall(name))
 
 
+def ending(layer: str) -> str:
+    """The part of a layer's name that tells its kind: to_q, to_out.0, ff.net.2, 0.conv, conv1."""
+    return re.findall(r"ff\.net\.[\w.]+$|\w+\.\d+$|\d+\.conv$|\w+$", layer)[0]
+
+
 def kohya_name(layer: str, unet: Mapping[str, Any] | None) -> str:
     """kohya's name of a layer.
 

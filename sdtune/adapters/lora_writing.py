@@ -157,7 +157,7 @@ def _settings(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 def _lycoris_settings(network: str, layers: Layers) -> dict[str, Any]:
     """peft's LoHaConfig or LoKrConfig of a network's layers; alpha is the rank everywhere."""
-    ranks = {_module(network, name): _lycoris_rank(layer) for name, layer in layers.items()}
+    ranks = {_module(network, name): layer.peft_rank for name, layer in layers.items()}
     settings = _settings(ranks)
     settings["alpha"] = settings.pop("lora_alpha")
     settings["use_effective_conv2d"] = any("_t" in part for layer in layers.values() for part in layer.factors)
@@ -166,14 +166,6 @@ def _lycoris_settings(network: str, layers: Layers) -> dict[str, Any]:
         settings["decompose_both"] = any("lokr_w1_a" in layer.factors for layer in layers.values())
         settings["decompose_factor"] = _decompose_factor(pairs)
     return settings
-
-
-def _lycoris_rank(layer: LoraLayer) -> int:
-    """The rank; for a LoKr whose second factor is whole the smallest for which peft keeps it whole."""
-    if layer.rank is not None:
-        return layer.rank
-    second = layer.factors["lokr_w2"]
-    return -(-max(second.shape[:2]) // 2)
 
 
 def _lokr_sides(layer: LoraLayer) -> list[tuple[int, int]]:

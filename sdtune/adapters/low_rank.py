@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from sdtune.adapters import peft_folder
 from sdtune.adapters.base import Parameters, learnable
+from sdtune.adapters.lora_names import ending
 from sdtune.adapters.starting import Start
 from sdtune.diffusion import draws
 from sdtune.errors import UsageError
@@ -111,6 +113,10 @@ class LowRank:
             start.fill(family, networks)
         return learning
 
+    def save(self, family: Family, folder: Path) -> None:
+        """Write a folder for each network in peft's own format, which has a place for all kinds."""
+        peft_folder.save(family, self.networks, folder)
+
 
 def check_targets(network: nn.Module, targets: Sequence[str], name: str, *, each: bool) -> None:
     """Raises UsageError where layers of a network, called `name`, end in none of the targets, or not in each."""
@@ -135,12 +141,6 @@ def inject(network: nn.Module, config: Any) -> None:
         inject_adapter_in_model(config, network)
     except ValueError as fault:
         raise UsageError(f"adapter.targets: {fault}") from fault
-
-
-def ending(name: str) -> str:
-    """The part of a module's name that tells its kind: to_q, to_out.0, conv1."""
-    *_, before, last = f".{name}".split(".")
-    return f"{before}.{last}" if last.isdecimal() else last
 
 
 def is_target(module: nn.Module) -> bool:

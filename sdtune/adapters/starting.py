@@ -61,16 +61,13 @@ class Start:
                 f"adapter.init_from: '{self.place}' has rank {have}, and adapter.rank asks for {asked}; remove "
                 "adapter.rank to go on with the file's, or begin with another file"
             )
-        rank, others = asked or usual or self.whole_rank(), dict[str, dict[str, int]]()
+        rank = asked or usual or max(layer.peft_rank for layer in self.lora.layers.values())
+        others: dict[str, dict[str, int]] = {}
         for name, one in own.items():
             if one != rank:
                 network, _, module = name.partition(".")
                 others.setdefault(network, {})[module.removeprefix("text_model.")] = one
         return rank, others
-
-    def whole_rank(self) -> int:
-        """The smallest rank for which peft keeps the second factor of every LoKr whole, as it is in the file."""
-        return max(-(-max(layer.factors["lokr_w2"].shape[:2]) // 2) for layer in self.lora.layers.values())
 
     @property
     def scale(self) -> float:
