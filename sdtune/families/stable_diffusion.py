@@ -148,6 +148,7 @@ class StableDiffusion:
             config = read_settings(base, subfolder, "config.json", options.get("revision"))
             kind = cls.network_class(part, config)
             is_part = kind.__name__ not in config.get("architectures", [kind.__name__])  # of a CLIPModel, for instance
+            options |= text_encoders.without_dropout(kind)
             return open_network(kind, base, subfolder, is_part=is_part, **options)
         return open_network(cls.network_class(part), base, subfolder, **options)
 
@@ -180,7 +181,7 @@ class StableDiffusion:
             tokenizer = opened[part.replace("text_encoder", "tokenizer")]
             special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             special |= {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
-            config = {"config": kind.config_class(**special | config)}
+            config = {"config": kind.config_class(**special | text_encoders.without_dropout(kind) | config)}
         elif part == "unet" and (width := cls.text_width(opened)) != config.get("cross_attention_dim", width):
             config = {"encoder_hid_dim": width, "encoder_hid_dim_type": "text_proj"} | config
         return make_network(kind, config, seed, part)

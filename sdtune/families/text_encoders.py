@@ -29,6 +29,7 @@ class Kind:
         norm: name of the module that normalises the last layer's answer; None where every layer does that itself.
         masked: whether padding has to be hidden from it.
         unread: parts of the names of weights that its tokens' embeddings do not come from.
+        dropouts: settings of its configuration that are set to 0, so that all chance in a run follows from its seed.
     """
 
     model_types: tuple[str, ...]
@@ -37,6 +38,7 @@ class Kind:
     norm: str | None
     masked: bool = False
     unread: tuple[str, ...] = ()
+    dropouts: tuple[str, ...] = ()
 
 
 CLIP = Kind(("clip_text_model", "clip"), ("bos_token_id", "eos_token_id"), "encoder.layers.", "final_layer_norm")
@@ -44,9 +46,22 @@ KINDS = {
     "CLIPTextModel": CLIP,
     "CLIPTextModelWithProjection": CLIP,
     "BertModel": Kind(
-        ("bert",), ("cls_token_id", "sep_token_id"), "encoder.layer.", None, masked=True, unread=("pooler.",)
+        ("bert",),
+        ("cls_token_id", "sep_token_id"),
+        "encoder.layer.",
+        None,
+        masked=True,
+        unread=("pooler.",),
+        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     ),
-    "T5EncoderModel": Kind(("t5",), (None, "eos_token_id"), "encoder.block.", "encoder.final_layer_norm", masked=True),
+    "T5EncoderModel": Kind(
+        ("t5",),
+        (None, "eos_token_id"),
+        "encoder.block.",
+        "encoder.final_layer_norm",
+        masked=True,
+        dropouts=("dropout_rate",),
+    ),
 }
 
 
@@ -69,6 +84,11 @@ def network_class(config: Mapping[str, Any], known: Sequence[str], key: str) -> 
         if own == name or (own is None and model_type in KINDS[name].model_types):
             return getattr(transformers, name)
     raise WeightsError(f"{key}: got a text encoder of the kind {own or model_type}, expected {' or '.join(known)}")
+
+
+def without_dropout(kind: Any) -> dict[str, float]:
+    """Settings for a text encoder's class that make it answer the same each time, also while it learns."""
+    return dict.fromkeys(KINDS[kind.__name__].dropouts, 0.0)
 
 
 def kind_of(network: Any) -> Kind:

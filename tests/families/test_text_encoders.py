@@ -13,7 +13,7 @@ from sdtune.families.stable_diffusion import StableDiffusion
 from sdtune.opening import open_model
 from sdtune.run import Run
 from sdtune.sample import draw_pictures, initial_noise
-from tests.factories import DDIM, SIZE, UNET, VAE, make_bert, make_recipe, make_sd, make_t5, text_config
+from tests.factories import DDIM, SIZE, UNET, VAE, losses, make_bert, make_recipe, make_sd, make_t5, text_config
 
 KINDS = {"BertModel": make_bert, "T5EncoderModel": make_t5}
 PROMPTS = ["a photo of dog", "", "dog " * 40]
@@ -78,6 +78,17 @@ def test_a_run_ends_in_a_folder_of_stock_diffusers(encoder: Path, photos: Path, 
     opened = open_model(str(tmp_path / "run"), device=torch.device("cpu"))
     (ours,) = draw_pictures(opened, PROMPTS[:1], [3], height=SIZE, width=SIZE, steps=3, negative_prompt="photo")
     assert np.abs(theirs - np.asarray(ours) / 255).max() < 0.02
+
+
+def test_a_text_encoder_that_learns_follows_from_the_seed(encoder: Path, photos: Path, tmp_path: Path) -> None:
+    model, found = {"from_config": parts(str(encoder), encoder)}, []
+    for number in range(2):
+        torch.manual_seed(number)  # of dropout, if there were some
+        adapter = {"kind": "full", "text_encoder": True}
+        recipe = make_recipe("", photos, tmp_path / str(number), model=model, adapter=adapter)
+        Run(recipe).complete()
+        found.append(losses(tmp_path / str(number)))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("skip", [0, 1])
