@@ -8,7 +8,7 @@ Source: Song et al. 2021, "Score-Based Generative Modeling through Stochastic Di
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,11 @@ class VarianceExploding:
 
     Attributes:
         sigma: how fast the noise grows; 25 for pictures of 28 px. Above 1.
+        data_std: deviation of the pixels of clean pictures, for preconditioning (`score`); None: without.
     """
 
     sigma: float = 25.0
+    data_std: float | None = None
     prediction = Prediction.SCORE
 
     @property
@@ -69,6 +71,25 @@ class VarianceExploding:
         """
         return (x0 + like(self.std(t), x0) * eps).to(x0.dtype)
 
+    def score(self, network: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor) -> Tensor:
+        """The score, from what a network answers.
+
+        That is the answer over std(t), for scores grow as noise shrinks. With `data_std` the network sees noisy
+        pictures scaled to deviation 1, and adds to the best guess that is linear in x_t: so it need not learn to pass
+        the noise on where there is little else.
+
+        Args:
+            network: (x_t (B, ...), t (B,)) -> (B, ...).
+            x_t: noisy pictures, (B, ...). t: times, (B,).
+
+        Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", section 5.
+        """
+        std = like(self.std(t), x_t)  # (B, 1, ..., 1)
+        if self.data_std is None:
+            return network(x_t, t) / std
+        spread = (std**2 + self.data_std**2).sqrt()  # deviation of x_t
+        return self.data_std / (spread * std) * network(x_t / spread, t) - x_t / spread**2
+
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The score of `add_noise(x0, eps, t)` given x0: -eps / std(t)."""
         return -eps / like(self.std(t), eps)
@@ -88,7 +109,10 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
     sigma = config.get("sigma", VarianceExploding.sigma)
     if not isinstance(sigma, (int, float)) or sigma <= 1:
         raise WeightsError(f"the scheduler's configuration has sigma = {sigma!r}; expected a number above 1")
-    return VarianceExploding(float(sigma))
+    data_std = config.get("data_std")
+    if data_std is not None and not (isinstance(data_std, (int, float)) and data_std > 0):
+        raise WeightsError(f"the scheduler's configuration has data_std = {data_std!r}; expected a number above 0")
+    return VarianceExploding(float(sigma), data_std)
 
 
 def score_loss(score: Tensor, eps: Tensor, std: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdtune.diffusion.schedule import Prediction
-from sdtune.diffusion.ve import Schedule, VarianceExploding, like, read_schedule
+from sdtune.diffusion.ve import Schedule, VarianceExploding, read_schedule
 from sdtune.errors import UsageError, WeightsError
 from sdtune.families import PARTS, fingerprints
 from sdtune.families.base import Conditioning
@@ -168,13 +168,14 @@ class Pixel:
         return conditioning
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's answer, (B, C, H, W); of a score model divided by std(t), for scores grow as noise shrinks."""
+        """The network's answer, (B, C, H, W); of a score model the score (`VarianceExploding.score`)."""
         schedule = self.schedule
         labels = conditioning.text if self.classes else None
-        answer = self.modules["denoiser"](x_t, schedule.fraction(t), labels)
-        if isinstance(schedule, VarianceExploding):
-            return answer / like(schedule.std(t), answer)
-        return answer
+
+        def answer(x_t: Tensor, t: Tensor) -> Tensor:
+            return self.modules["denoiser"](x_t, schedule.fraction(t), labels)
+
+        return schedule.score(answer, x_t, t) if isinstance(schedule, VarianceExploding) else answer(x_t, t)
 
     # --- handing it on ----------------------------------------------------------------------------------------------
 

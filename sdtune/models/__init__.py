@@ -17,6 +17,7 @@ __all__ = ["DENOISERS", "AutoencoderKL", "UNet2DConditionModel", "denoiser_class
 DENOISERS = {
     "score_concat": "sdtune.models.score:ScoreConcat",
     "score_add": "sdtune.models.score:ScoreAdd",
+    "score_attention": "sdtune.models.score_attention:ScoreAttention",
     "resnet_decoder": "sdtune.models.resnet:ResNetDecoder",
     "segnet": "sdtune.models.segnet:SegNet",
     "unet": "sdtune.models.pixel_unet:PixelUNet",

@@ -122,19 +122,28 @@ class ScoreConcat(ModelMixin, ConfigMixin):  # type: ignore[misc]
             t: time in [0, 1], (B,).
             labels: class numbers, int64, (B,); the number of classes, or None for all, stands for no class.
         """
-        embedding = self.features_to_embedding(self.features(t))  # (B, embedding)
+        told = [self.features_to_embedding(self.features(t))]
         if self.label is not None:
-            embedding = embedding + self.label(labels, t)
-        embedding = F.silu(embedding)
+            told.append(self.label(labels, t))
+        tokens = torch.stack(told, dim=1)  # (B, 1 or 2, embedding)
+        embedding = F.silu(tokens.sum(dim=1))  # (B, embedding)
         seen, h = [], x_t
-        for level in self.down:
-            h = level(h, embedding)  # 28 -> 26 -> 12 -> 5 -> 2
+        for number, level in enumerate(self.down):
+            h = self.look(number, level(h, embedding), tokens)  # 28 -> 26 -> 12 -> 5 -> 2
             seen.append(h)
         seen.pop()  # the deepest is where the way up begins
         for level in self.up:
             skip = seen.pop()
             h = self.join(level(h, embedding, skip.shape[-2:]), skip)  # 2 -> 5 -> 12 -> 26
         return self.to_picture(h)  # 26 -> 28
+
+    def look(self, number: int, h: Tensor, told: Tensor) -> Tensor:
+        """What level `number` of the way down answered, (B, C, H, W), after a look at what is told: nothing more here.
+
+        Args:
+            told: the time and, with classes, the class, (B, 1 or 2, embedding).
+        """
+        return h
 
     @staticmethod
     def join(h: Tensor, skip: Tensor) -> Tensor:

@@ -117,3 +117,31 @@ def test_the_network_is_called_as_often_as_is_said(name: str) -> None:
 
     VE_SAMPLERS[name](score, torch.randn(3, 2), SCHEDULE, 7, lambda: torch.zeros(3, 2))
     assert len(calls) == 7 * CALLS[name] and all(t.shape == (3,) for t in calls)
+
+
+def test_preconditioned_an_answer_of_zero_is_the_score_of_gaussian_pixels() -> None:
+    schedule = VarianceExploding(25.0, data_std=0.3)
+    x_t, t = torch.randn(3, 1, 4, 4), torch.tensor([0.01, 0.3, 1.0])
+    variance = (schedule.std(t) ** 2 + 0.3**2).view(3, 1, 1, 1)  # of x_t, if x0 is normal with deviation 0.3
+    nothing = schedule.score(lambda x_t, t: torch.zeros_like(x_t), x_t, t)
+    torch.testing.assert_close(nothing, -x_t / variance)
+
+
+def test_preconditioned_the_network_sees_and_owes_numbers_of_deviation_one() -> None:
+    torch.manual_seed(0)
+    schedule = VarianceExploding(25.0, data_std=0.3)
+    for time in (1e-3, 0.1, 0.5, 1.0):
+        x0, eps, t = 0.3 * torch.randn(200, 1, 8, 8), torch.randn(200, 1, 8, 8), torch.full((200,), time)
+        x_t, seen = schedule.add_noise(x0, eps, t), []
+        offset = schedule.score(lambda x, t: seen.append(x) or torch.zeros_like(x), x_t, t)  # noqa: B023
+        slope = schedule.score(lambda x, t: torch.ones_like(x), x_t, t) - offset
+        owed = (schedule.target(x0, eps, t) - offset) / slope
+        assert seen[0].std().item() == pytest.approx(1.0, rel=0.02)
+        assert owed.std().item() == pytest.approx(1.0, rel=0.02)
+        torch.testing.assert_close(schedule.score(lambda x, t: owed, x_t, t), schedule.target(x0, eps, t))  # noqa: B023
+
+
+def test_a_deviation_of_the_pixels_that_cannot_be_is_refused() -> None:
+    assert read_schedule({"prediction_type": "ve_score", "data_std": 0.3}) == VarianceExploding(25.0, 0.3)
+    with pytest.raises(WeightsError, match="data_std = 0; expected a number above 0"):
+        read_schedule({"prediction_type": "ve_score", "data_std": 0})
