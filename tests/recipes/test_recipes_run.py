@@ -80,7 +80,7 @@ def make_source(source: DataSource, masks: bool, classes: Sequence[str] = ()) ->
     """A folder of pictures where the recipe's own is not here. (Class pictures are for the base to draw.)"""
     assert source.path is not None
     place = Path(resolve_asset(source.path))
-    there = (place / source.split).exists() or any(file.is_file() for file in place.glob("*"))
+    there = any(file.is_file() for folder in (place, place / source.split) for file in folder.glob("*"))
     if not source.generate and not there:
         folder = make_photos(place / source.split, 3)
         if classes:
