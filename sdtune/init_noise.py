@@ -155,6 +155,15 @@ def level_of(name: str, levels: int) -> int:
     return number if block == "down_blocks" else levels - 1 - number
 
 
+def check_family(family: Family) -> None:
+    """Raises UsageError for a model that is no plain one of text to image with words as its prompts."""
+    if not family.text_encoders or family.inpaints:
+        raise UsageError(
+            "--init-noise-optimization reads how much a picture attends to each word of its prompt; expected a model "
+            "of text to image, such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
+
+
 class Scorer:
     """The scores of pictures' first noise.
 
@@ -179,11 +188,7 @@ class Scorer:
         t: int,
         words_only: bool = False,
     ) -> None:
-        if not family.text_encoders or family.inpaints:
-            raise UsageError(
-                "--init-noise-optimization reads how much a picture attends to each word of its prompt; expected a "
-                "model of text to image, such as Stable Diffusion 1.5"
-            )
+        check_family(family)
         self.family, self.t = family, t
         self.unet = family.modules[family.denoiser]
         self.levels = len(self.unet.config.block_out_channels)

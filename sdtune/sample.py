@@ -21,7 +21,7 @@ from sdtune.families.base import Conditioning, Family
 from sdtune.families.inpainting import hidden_and_rest
 from sdtune.families.loading import token_ids
 from sdtune.families.schedulers import LateStart, make_sampler
-from sdtune.init_noise import optimised_noise
+from sdtune.init_noise import check_family, optimised_noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -244,6 +244,7 @@ def command(
     every, seeds = [prompt for prompt, _ in wanted], [number for _, number in wanted]
     noise = None
     if init_noise_optimization:
+        check_family(family)
         first.set_timesteps(steps)
         with evaluating(family):
             found = optimised_noise(family, every, seeds, height, width, int(first.timesteps[0]), subjects=names)

@@ -50,10 +50,10 @@ def make_sampler(
         )
     if dynamic_thresholding is not None:
         if not has_thresholding(config):
-            fitting = [other for other in SAMPLERS if has_thresholding(SAMPLERS[other])]
-            raise UsageError(
-                f"dynamic thresholding: {config['_class_name']} has none; name a sampler that has: {', '.join(fitting)}"
-            )
+            able = [other for other in SAMPLERS if has_thresholding(SAMPLERS[other])]
+            fitting = [other for other in able if can_draw(config | SAMPLERS[other])]
+            way = f"name a sampler that has: {', '.join(fitting)}" if fitting else "leave it out with this model"
+            raise UsageError(f"dynamic thresholding: {scheduler_class(config).__name__} has none; {way}")
         # diffusers' sample_max_value of 1 would keep s at 1, which is plain clipping
         config |= {"thresholding": True, "dynamic_thresholding_ratio": dynamic_thresholding}
         config["sample_max_value"] = float("inf")
@@ -74,10 +74,17 @@ class LateStart:
         scheduler: which one.
         strength: the share of the steps that are taken, in (0, 1]; at least one is.
 
+    Raises:
+        UsageError: the scheduler is that of a score model, whose ways to a picture begin in noise alone.
+
     Source: Meng et al. 2022, "SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations".
     """
 
     def __init__(self, scheduler: Any, strength: float) -> None:
+        if not hasattr(scheduler, "set_timesteps"):
+            raise UsageError(
+                "--init-image: a score model begins in noise alone; expected a model that predicts epsilon, v or x0"
+            )
         self.scheduler, self.strength, self.left_out = scheduler, strength, 0
 
     def __getattr__(self, name: str) -> Any:
