@@ -4,7 +4,8 @@
 
 Needs runs/fashion-text (recipes/fashion_vae.yaml, then fashion_text.yaml), a classifier that reads what was drawn
 (python benchmarks/classifier.py data/fashion_mnist) and the pictures of data/fashion_mnist. Measures sentences of the
-training, sentences and names that no caption of it had, and drawings that begin with a picture of another class.
+training, sentences and names that no caption of it had, drawings that begin with a picture of another class, and what
+the VAE keeps of unseen pictures.
 Prints a table, then one JSON line; writes sheet.png into --out: a column a class, from the text alone, and below, under
 the pictures that they began with, those that were changed at each strength.
 """
@@ -23,9 +24,11 @@ import torch
 from class_agreement import agreement, grid
 from classifier import Classifier, open_classifier, read_split
 from PIL import Image
+from tiny_base import psnr
 from torch import Tensor
 from torch.nn import functional as F
 
+from sdtune.data.images import to_float
 from sdtune.families.base import Family
 from sdtune.libraries import prepare
 from sdtune.opening import open_model
@@ -44,6 +47,7 @@ CLOTHES = {  # names of the classes with their articles, and other words for the
     "trouser": ("a trouser", "jeans"),
 }
 KNOWN, NEW = "a photo of {}", "this is what {} looks like"
+UNSEEN = 1000  # pictures that the VAE is measured on
 SHOWN = 5  # rows of the sheet that are drawn from text alone
 
 
@@ -71,6 +75,29 @@ class Model:
         return round(agreement(self.network, self.names, pictures, list(classes) * (len(pictures) // len(classes))), 4)
 
 
+def as_drawn(model: Model, pictures: Tensor) -> Tensor:
+    """Pictures (N, 1, 28, 28) in [0, 1] in the size and colours of the model's own, uint8, (N, 3, H, W)."""
+    larger = F.interpolate(pictures, model.family.picture_size(), mode="bicubic").clamp(0, 1)
+    return (larger * 255).round().byte().expand(-1, 3, -1, -1)
+
+
+@torch.no_grad()
+def reconstructed(model: Model, pictures: Tensor, texts: Sequence[str]) -> dict[str, float]:
+    """What the VAE keeps of unseen pictures: PSNR, and the share that is read right, before and after."""
+    x = to_float(as_drawn(model, pictures))
+    y = torch.cat([model.family.decode_images(model.family.encode_images(some)[0]) for some in x.split(50)])
+    before, after = (
+        [Image.fromarray(each) for each in (part.clamp(-1, 1)[:, 0] * 127.5 + 127.5).round().byte().numpy()]
+        for part in (x, y)
+    )
+    asked = list(texts)
+    return {
+        "psnr": round(psnr(x, y).mean().item(), 2),
+        "real pictures": round(agreement(model.network, model.names, before, asked), 4),
+        "reconstructed pictures": round(agreement(model.network, model.names, after, asked), 4),
+    }
+
+
 def from_text(model: Model, count: int) -> tuple[dict[str, Any], list[Image.Image]]:
     """The agreement for known and new words, and the pictures of the known."""
     pictures = model.draw(sentences(KNOWN), count)
@@ -84,18 +111,16 @@ def from_text(model: Model, count: int) -> tuple[dict[str, Any], list[Image.Imag
 
 
 def from_pictures(
-    model: Model, data: Path, count: int, strengths: Sequence[float]
+    model: Model, pixels: Tensor, texts: Sequence[str], count: int, strengths: Sequence[float]
 ) -> Iterator[tuple[dict[str, Any], list[Image.Image]]]:
     """For each strength the agreement with the class that is asked for, where pictures of the next one were begun with.
 
     The first pair holds the pictures themselves. "kept" is the correlation with them, pixel by pixel.
     """
-    pixels, texts = read_split(data / "test")
     rows = {name: [i for i, text in enumerate(texts) if text == name] for name in CLOTHES}
     others = [*CLOTHES][1:] + [*CLOTHES][:1]
     begun = pixels[[rows[name][number] for number in range(count) for name in others]]  # (N, 1, 28, 28)
-    size = model.family.picture_size()
-    begun = (F.interpolate(begun, size, mode="bicubic").clamp(0, 1) * 255).round().byte().expand(-1, 3, -1, -1)
+    begun = as_drawn(model, begun)
     shown = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in begun]
     yield {"strength": 0.0, "agreement": model.right(shown, [*CLOTHES]), "kept": 1.0}, shown
     for strength in strengths:
@@ -126,10 +151,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = {"steps": settings.steps, "guidance": settings.guidance, "batch_size": 50}
     family = open_model(settings.model, device=torch.device("cpu"))
     model = Model(family, open_classifier(settings.classifier), **options)
+    pixels, texts = read_split(settings.data / "test")
     result, pictures = from_text(model, settings.count)
+    result["vae"] = reconstructed(model, pixels[:UNSEEN], texts[:UNSEEN])
     rows = pictures[: SHOWN * len(CLOTHES)]
     result |= {"count": settings.count, **options, "model": settings.model, "from pictures": []}
-    for measured, changed in from_pictures(model, settings.data, max(1, settings.count // 5), settings.strengths):
+    few = max(1, settings.count // 5)
+    for measured, changed in from_pictures(model, pixels, texts, few, settings.strengths):
         result["from pictures"].append(measured)
         rows += changed[: len(CLOTHES)]
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -139,6 +167,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print(f"{name:<20}{share:>8.1%}")
     for name in ("known sentences", "new sentences", "new names"):
         print(f"{name:<20}{result[name]:>8.1%}")
+    for name, value in result["vae"].items():
+        print(f"{name:<24}{value}")
     for row in result["from pictures"]:
         print(f"strength {row['strength']:<11g}{row['agreement']:>8.1%}   kept {row['kept']:.2f}")
     print(json.dumps(result))

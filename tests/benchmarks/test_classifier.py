@@ -1,4 +1,4 @@
-"""benchmarks/classifier.py on a few made-up pictures."""
+"""benchmarks/classifier.py and fashion_text.py on a few made-up pictures and a small random model."""
 
 import importlib.util
 import io
@@ -62,3 +62,20 @@ def test_it_learns_and_is_opened_again(scripts: Any, tmp_path: Path, capsys: pyt
     grey = [Image.fromarray((picture[0] * 255).byte().numpy()) for picture in pictures]
     coloured = [picture.convert("RGB").resize((64, 64)) for picture in grey]
     assert torch.equal(classifier.read(network, classifier.as_input(coloured)), classifier.read(network, pictures))
+
+
+def test_what_sentences_draw_is_read(
+    scripts: Any, sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classifier, measure = scripts("classifier"), scripts("fashion_text")
+    write_data(tmp_path / "data", list(measure.CLOTHES))
+    classifier.main([str(tmp_path / "data"), "--steps", "1", "--out", str(tmp_path / "c.safetensors")])
+    capsys.readouterr()
+    places = ["--model", str(sd), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    few = ["--count", "1", "--steps", "2", "--strengths", "0.5"]
+    result = measure.main([*places, *few, "--classifier", str(tmp_path / "c.safetensors")])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert result["each"].keys() == measure.CLOTHES.keys()
+    assert [row["strength"] for row in result["from pictures"]] == [0.0, 0.5]
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert sheet.size == (10 * 128, 3 * 128)
