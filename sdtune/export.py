@@ -26,10 +26,11 @@ from sdtune.data.atomic import flush
 from sdtune.errors import RunError, UsageError, WeightsError
 from sdtune.families import family_class
 from sdtune.families.base import Family
-from sdtune.families.headers import layer_shapes, unet_config
+from sdtune.families.headers import layer_shapes, scheduler_config, unet_config
 from sdtune.families.original import original_checkpoint
+from sdtune.families.schedulers import adjusted
 from sdtune.families.single_file import FIRST, PICKLES, read_shapes
-from sdtune.file_headers import kind_of, kohya_header, model_header
+from sdtune.file_headers import kind_of, kohya_header, model_header, model_marks
 from sdtune.opening import open_base, open_whole, read_notes
 from sdtune.run_folder import weights_folder
 
@@ -118,6 +119,14 @@ class Source:
         check_fit(lora, shapes, self.lora)
         layers = {name: layer.to(getattr(torch, dtype)) if dtype else layer for name, layer in lora.layers.items()}
         return lora, layers, config
+
+    def scheduler(self) -> dict[str, Any]:
+        """scheduler_config.json of what was trained, as far as its base is here."""
+        base = self.base or noted_base(self.notes)
+        config = scheduler_config(base) if base else None
+        if config is None:
+            return {}
+        return adjusted(config, self.notes.get("prediction", "auto"), self.notes.get("zero_terminal_snr", False))
 
 
 def noted_base(notes: Mapping[str, Any]) -> str | None:
@@ -217,7 +226,7 @@ def export_kohya(source: Source, out: Path, dtype: str | None) -> None:
     lora, layers, unet = source.layers(dtype)
     kind = kind_of(unet) if unet else FAMILY_KINDS.get(source.notes.get("family", ""), lora.base)
     beside = token_places(source, out)
-    header = kohya_header(source.notes, source.recipe, kind, out.stem)
+    header = kohya_header(source.notes, source.recipe, kind, out.stem, source.scheduler())
     with file_aside(out) as aside:
         write_kohya(layers, aside, unet=sdxl_blocks(unet, kind), header=header)
         for place, file in beside.items():
@@ -231,7 +240,7 @@ def export_kohya(source: Source, out: Path, dtype: str | None) -> None:
         )
 
 
-def sdxl_blocks(unet: dict[str, Any] | None, kind: str | None) -> dict[str, Any] | None:
+def sdxl_blocks(unet: Mapping[str, Any] | None, kind: str | None) -> Mapping[str, Any] | None:
     """config.json with which kohya counts the blocks of an SDXL, the published one if `unet` is not known; else None.
 
     Args:
@@ -275,7 +284,7 @@ def export_single_file(source: Source, out: Path, dtype: str | None) -> None:
         )
     family = source.open()
     try:
-        tensors = original_checkpoint(family.modules)
+        tensors = original_checkpoint(family.modules) | model_marks(family.scheduler)
     except KeyError as fault:
         raise WeightsError(
             f"the original code of Stable Diffusion has no place for the tensor {fault} of '{source.place}'; export it "

@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdtune.adapters.lora_files import WIDTHS
+import torch
+from torch import Tensor
+
+from sdtune.errors import WeightsError
 from sdtune.families.base import Family
 
 ARCHITECTURES = {
@@ -13,6 +17,7 @@ ARCHITECTURES = {
 }
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 KOHYA_BASES = {"SD1": "sd_v1", "SD2": "sd_v2", "SDXL": "sdxl_base_v1-0"}
+V_PRED, ZERO_SNR = "v_pred", "ztsnr"  # tensors by which A1111, ComfyUI and Forge know such checkpoints
 
 
 def kind_of(unet: Mapping[str, Any]) -> str | None:
@@ -35,20 +40,49 @@ def model_header(family: Family, title: str) -> dict[str, str]:
     return header
 
 
-def kohya_header(notes: Mapping[str, Any], recipe: Mapping[str, Any], kind: str | None, name: str) -> dict[str, str]:
+def model_marks(scheduler: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Empty tensors by which other programs know what the UNet of a checkpoint in one file predicts.
+
+    Args:
+        scheduler: scheduler_config.json of the model.
+
+    Raises:
+        WeightsError: it predicts the clean latents, which no program knows from such a file.
+    """
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise WeightsError(
+            f"a checkpoint in one file cannot say that its UNet predicts '{prediction}', so every program would draw "
+            "noise with it; export it with --format merged"
+        )
+    marks = [V_PRED] * (prediction == "v_prediction") + [ZERO_SNR] * bool(scheduler.get("rescale_betas_zero_snr"))
+    return {name: torch.zeros(0) for name in marks}
+
+
+def kohya_header(
+    notes: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    kind: str | None,
+    name: str,
+    scheduler: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
     """What kohya's header says about training, as far as a run knows it; A1111 and others show it.
 
     Args:
         notes, recipe: sdtune.json and run.yaml of the run; empty where there is none.
         kind: of the base: SD1, SD2 or SDXL, if known. name: of the file.
+        scheduler: scheduler_config.json of the model that was trained, if known.
     """
-    size = notes.get("size")
+    size, skip = notes.get("size"), notes.get("clip_skip")
+    asked = (scheduler or {}).get("prediction_type")
+    version = KOHYA_BASES.get(kind or "")
     header: dict[str, Any] = {
         "ss_output_name": name,
-        "ss_base_model_version": KOHYA_BASES.get(kind or ""),
-        "ss_v2": kind == "SD2",
+        "ss_base_model_version": f"{version}_v" if version and asked == "v_prediction" and kind != "SDXL" else version,
+        "ss_v2": kind == "SD2" if version else None,
+        "ss_zero_terminal_snr": bool(scheduler.get("rescale_betas_zero_snr")) if scheduler else None,
         "ss_sd_model_name": notes.get("base"),
-        "ss_clip_skip": notes.get("clip_skip"),
+        "ss_clip_skip": skip + 1 if skip else None,  # kohya counts the last layer too
         "ss_seed": notes.get("seed"),
         "ss_steps": notes.get("step"),
         "ss_resolution": f"({size[1]}, {size[0]})" if size else None,

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sdtune.building import base_place
 from sdtune.errors import UsageError, WeightsError
 from sdtune.export import file_aside, noted_base, sdxl_blocks
 from sdtune.families.headers import layer_shapes, unet_config
+from sdtune.file_headers import kind_of, kohya_header
 from sdtune.opening import read_notes
 from sdtune.run_folder import weights_folder
 
@@ -111,12 +113,12 @@ def merge_command(
     if len(weights) != len(places):
         raise UsageError(f"--weights: got {len(weights)} for {len(places)} files; expected one for each")
     check_out(out, kind)
-    loras, blocks = read(places, base, kind)
+    loras, target = read(places, base, kind)
     layers = merge(loras, weights)
     if rank is not None:
         layers, energy = resize(layers, rank)
         print(f"kept {energy.share:.2%} of the sum at rank {rank}", file=sys.stderr)
-    return write(layers, out, kind, blocks)
+    return write(layers, out, kind, target)
 
 
 def resize_command(
@@ -126,11 +128,11 @@ def resize_command(
     if rank is None and fraction >= 1:
         raise UsageError("give the new rank with --rank, or the share that is to be kept with --fraction 0.95")
     check_out(out, kind)
-    (whole,), blocks = read([place], base, kind)
+    (whole,), target = read([place], base, kind)
     layers, energy = resize(whole, rank, fraction)
     ranks = [layer.rank or 0 for layer in layers.values()]
     print(f"kept {energy.share:.2%}, ranks {min(ranks)} to {max(ranks)}", file=sys.stderr)
-    return write(layers, out, kind, blocks)
+    return write(layers, out, kind, target)
 
 
 def extract_command(base: str, tuned: str, *, rank: int, out: Path, kind: str) -> int:
@@ -141,13 +143,35 @@ def extract_command(base: str, tuned: str, *, rank: int, out: Path, kind: str) -
     check_out(out, kind)
     prepare()
     first, second = (open_model(model, device=torch.device("cpu")) for model in (base, tuned))
-    blocks = sdxl_blocks(dict(first.modules["unet"].config), None)
+    target = Target(dict(first.modules["unet"].config))
     layers, energy = extract(first.modules, second.modules, rank)
     print(f"kept {energy.share:.2%} of the difference, in {len(layers)} layers of rank {rank}", file=sys.stderr)
-    return write(layers, out, kind, blocks)
+    return write(layers, out, kind, target)
 
 
-def read(places: Sequence[str], base: str | None, kind: str) -> tuple[list[Layers], Mapping[str, Any] | None]:
+@dataclass(frozen=True)
+class Target:
+    """The model that LoRA are for, as far as it is known.
+
+    Attributes:
+        unet: config.json of its UNet. guess: what the files themselves tell: SD1, SD2, SDXL, or that it is unsure.
+    """
+
+    unet: Mapping[str, Any] | None = None
+    guess: str | None = None
+
+    @property
+    def kind(self) -> str | None:
+        """SD1, SD2 or SDXL."""
+        return kind_of(self.unet) if self.unet else self.guess
+
+    @property
+    def blocks(self) -> Mapping[str, Any] | None:
+        """See `sdxl_blocks`."""
+        return sdxl_blocks(self.unet, self.guess)
+
+
+def read(places: Sequence[str], base: str | None, kind: str) -> tuple[list[Layers], Target]:
     """The LoRA of files, folders or runs, and what `write` needs to write their like.
 
     Args:
@@ -170,10 +194,10 @@ def read(places: Sequence[str], base: str | None, kind: str) -> tuple[list[Layer
     if base and known:
         for file, place in zip(files, places, strict=True):
             check_fit(file, layer_shapes(known), place)
-    blocks = sdxl_blocks(unet, next((file.base for file in files if file.base), None))
+    target = Target(unet, next((file.base for file in files if file.base), None))
     if kind == "kohya":
-        kohya_names((name for layers in loras for name in layers), blocks)
-    return loras, blocks
+        kohya_names((name for layers in loras for name in layers), target.blocks)
+    return loras, target
 
 
 def check_no_tokens(folder: Path) -> None:
@@ -207,11 +231,11 @@ def check_out(out: Path, kind: str) -> None:
         raise UsageError(f"--out: '{out}' exists already and is not overwritten; name another file")
 
 
-def write(layers: Layers, out: Path, kind: str, blocks: Mapping[str, Any] | None) -> int:
-    """Write a LoRA in one of `FORMATS`; `blocks` of an SDXL, see `sdxl_blocks`."""
+def write(layers: Layers, out: Path, kind: str, target: Target) -> int:
+    """Write a LoRA for that model in one of `FORMATS`."""
     with file_aside(out) as aside:
         if kind == "kohya":
-            write_kohya(layers, aside, unet=blocks, header={"ss_output_name": out.stem})
+            write_kohya(layers, aside, unet=target.blocks, header=kohya_header({}, {}, target.kind, out.stem))
         else:
             write_diffusers(layers, aside)
     print(f"{out}: {len(layers)} layers", file=sys.stderr)

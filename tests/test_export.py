@@ -21,6 +21,7 @@ from sdtune.export import command, export, find_source
 from sdtune.families import single_file
 from sdtune.families.stable_diffusion import StableDiffusion
 from sdtune.lora_tools import info
+from sdtune.file_headers import kohya_header
 from sdtune.opening import open_model
 from sdtune.run import Run
 from tests.adapters.test_lora_formats import answers, close
@@ -146,6 +147,45 @@ def test_merged_and_single_file(
     for name, network in back.modules.items():
         state = family.modules[name].state_dict()
         assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items()), name
+
+
+def predicting(base: Path, folder: Path, **scheduler: Any) -> Path:
+    """The base, with another `scheduler_config.json`."""
+    shutil.copytree(base, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | scheduler))
+    return folder
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_a_single_file_says_what_its_unet_predicts(
+    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rescaled: bool
+) -> None:
+    base = predicting(sd, tmp_path / "v", prediction_type="v_prediction", rescale_betas_zero_snr=rescaled)
+    file = tmp_path / "one.safetensors"
+    export(find_source(str(base)), "single-file", file)
+    with safe_open(file, "pt") as opened:
+        assert "v_pred" in opened.keys() and ("ztsnr" in opened.keys()) is rescaled  # noqa: SIM118
+    monkeypatch.setattr(single_file, "LAYOUTS", {"SD1": only_configurations(sd, tmp_path / "c")})
+    back = open_model(str(file), device=CPU).scheduler
+    assert back["prediction_type"] == "v_prediction" and bool(back.get("rescale_betas_zero_snr")) is rescaled
+    assert (back["timestep_spacing"] == "trailing") is rescaled
+    StableDiffusionPipeline.from_single_file(file, config=str(sd))
+
+
+def test_a_single_file_cannot_say_that_its_unet_predicts_the_picture(sd: Path, tmp_path: Path) -> None:
+    base = predicting(sd, tmp_path / "x0", prediction_type="sample")
+    with pytest.raises(WeightsError, match="cannot say that its UNet predicts 'sample'.*--format merged"):
+        export(find_source(str(base)), "single-file", tmp_path / "one.safetensors")
+
+
+def test_kohyas_header_counts_layers_and_predictions_as_kohya_does() -> None:
+    v = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    said = kohya_header({"clip_skip": 1, "base": "b"}, {}, "SD2", "mine", v)
+    assert said["ss_clip_skip"] == "2"
+    assert said["ss_base_model_version"] == "sd_v2_v" and said["ss_zero_terminal_snr"] == "True"
+    plain = kohya_header({"clip_skip": 0}, {}, "SDXL", "mine", v)
+    assert "ss_clip_skip" not in plain and plain["ss_base_model_version"] == "sdxl_base_v1-0"
 
 
 @pytest.fixture(scope="module")

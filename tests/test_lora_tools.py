@@ -333,6 +333,7 @@ def test_kohyas_names_of_an_sdxl_of_other_blocks(sdxl: Path, tmp_path: Path) -> 
     assert sdtune("lora", "resize", run, "--rank", "2", "--format", "kohya", "--out", noted).exit_code == 0
     for file in (tmp_path / "resize.safetensors", tmp_path / "merge.safetensors", got, noted):
         assert any("input_blocks_1_1_proj_in" in key for key in load_file(file))
+        assert read_lora(file).metadata["ss_base_model_version"] == "sdxl_base_v1-0"  # by which A1111 sorts them
         back = read_lora(file, unet_config(str(sdxl))).layers
         torch.testing.assert_close(back[name].delta((32, 32)), layer.delta((32, 32)), atol=1e-4, rtol=1e-3)
 

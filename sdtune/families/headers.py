@@ -12,7 +12,7 @@ from sdtune.config import resolve_asset
 from sdtune.errors import WeightsError
 from sdtune.families.loading import hub_file, read_json
 from sdtune.families.saving import historical_key
-from sdtune.families.single_file import FIRST, LAYOUTS, find_layout, read_shapes
+from sdtune.families.single_file import FIRST, LAYOUTS, find_layout, read_prediction, read_shapes
 from sdtune.families.text_encoders import KINDS, network_class
 from sdtune.hub_access import looks_like_hub_id
 
@@ -33,6 +33,20 @@ def unet_config(base: str) -> dict[str, Any] | None:
     if isinstance(place, Path) and not (place / "unet" / "config.json").is_file():
         return None
     return read_json(_config(place, "unet"))
+
+
+def scheduler_config(base: str) -> dict[str, Any] | None:
+    """scheduler_config.json of a model, which says what its UNet predicts; None for a folder that has no such file.
+
+    Args and errors: as of `unet_config`.
+    """
+    place, name = _place(base), "scheduler/scheduler_config.json"
+    if isinstance(place, str):
+        return read_json(hub_file(place, name))
+    if not (place / name).is_file():
+        return None
+    file = Path(resolve_asset(base))
+    return read_json(place / name) | (read_prediction(file) if file.is_file() else {})
 
 
 def layer_shapes(base: str) -> dict[str, Shape]:

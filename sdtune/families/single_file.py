@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sdtune.errors import WeightsError
 from sdtune.families.original import CLIP
 from sdtune.families.saving import historical_key
+from sdtune.families.schedulers import SAMPLER
 
 ASSETS = Path(__file__).parent.parent / "assets" / "single_file"
 LAYOUTS = {"SD1": ASSETS / "sd1", "SD2": ASSETS / "sd2", "SDXL": ASSETS / "sdxl"}  # with their configurations
@@ -163,20 +164,22 @@ def open_tokenizer(layout: Path, part: str) -> Any:
     return CLIPTokenizer.from_pretrained(str(words), pad_token=settings["pad_token"])
 
 
-def read_prediction(file: Path) -> dict[str, str]:
+def read_prediction(file: Path) -> dict[str, Any]:
     """What a file says about its UNet's answer, as a scheduler's configuration has it; empty where it says nothing.
 
-    The header may name it (`modelspec.prediction_type`, epsilon or v); some files have a tensor called v_pred.
+    The header may name it (`modelspec.prediction_type`, epsilon or v); some files have a tensor called v_pred, and one
+    called ztsnr where the noise schedule ends in pure noise.
     """
     if file.suffix in PICKLES:
         return {}
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
-        said = (opened.metadata() or {}).get("modelspec.prediction_type")
-        said = "v" if "v_pred" in opened.keys() else said  # noqa: SIM118
-    names = {"epsilon": "epsilon", "v": "v_prediction"}
-    return {"prediction_type": names[said]} if said in names else {}
+        names, said = set(opened.keys()), (opened.metadata() or {}).get("modelspec.prediction_type")
+    said = "v" if "v_pred" in names else said
+    known = {"epsilon": "epsilon", "v": "v_prediction"}
+    found: dict[str, Any] = {"prediction_type": known[said]} if said in known else {}
+    return found | ({"rescale_betas_zero_snr": True} | SAMPLER if said == "v" and "ztsnr" in names else {})
 
 
 def _network(kind: Any, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
