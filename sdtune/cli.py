@@ -310,7 +310,9 @@ def export(
         str, typer.Argument(metavar="RUN", help="A run, its final/ or a checkpoint, a model, or a LoRA.")
     ],
     kind: Annotated[str, typer.Option("--format", help="diffusers, peft, kohya, single-file or merged.")],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="The new folder, or .safetensors file.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="The new folder, or .safetensors file; else RUN's name, here.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; its own unless told.")] = None,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="Of a LoRA that no run knows the base of.")] = None,
     as_json: Json = False,

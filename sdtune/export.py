@@ -36,6 +36,7 @@ from sdtune.run_folder import weights_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
 NAME_BASE = "add --base MODEL"
+STEP = re.compile(r"step-\d+")  # a checkpoint's folder
 FAMILY_KINDS = {"sdxl": "SDXL"}  # families of one kind
 
 
@@ -363,13 +364,31 @@ def file_aside(target: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def own_name(place: str, kind: str) -> str:
+    """What an export of a place is called unless told: runs/rex/final as kohya's file is rex.safetensors."""
+    parts = [part for part in Path(place).absolute().parts if part not in ("final", "weights", "checkpoints")]
+    while STEP.fullmatch(parts[-1]):
+        parts.pop()
+    name = Path(parts[-1]).stem if Path(place).is_file() else parts[-1]
+    return f"{name}.safetensors" if kind in FILES else f"{name}-{kind}"
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
 def command(
-    place: str, kind: str, out: Path, *, dtype: str | None = None, base: str | None = None, as_json: bool = False
+    place: str,
+    kind: str,
+    out: Path | None = None,
+    *,
+    dtype: str | None = None,
+    base: str | None = None,
+    as_json: bool = False,
 ) -> int:
     """`sdtune export`: write a run or model in another tool's format; returns the exit code.
+
+    Args:
+        out: None writes into the current folder, see `own_name`.
 
     Raises:
         SdtuneError: see `find_source` and `export`.
@@ -381,6 +400,7 @@ def command(
             raise UsageError(f"{option}: got '{got}', expected one of {', '.join(str(k) for k in known if k)}")
     prepare()
     source = find_source(place, base)
+    out = out or Path(own_name(place, kind))
     export(source, kind, out, dtype)
     size = sum(file.stat().st_size for file in ([out] if out.is_file() else out.rglob("*")) if file.is_file())
     if as_json:

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sdtune.adapters.lora_files import WIDTHS
 import torch
 from torch import Tensor
 
+from sdtune.adapters.lora_files import WIDTHS
 from sdtune.errors import WeightsError
 from sdtune.families.base import Family
 

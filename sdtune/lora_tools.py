@@ -16,6 +16,7 @@ from sdtune.adapters.lora_files import (
     find_lora,
     misfits,
     read_lora,
+    unknown_kind,
 )
 from sdtune.adapters.lora_names import ending
 from sdtune.adapters.lora_writing import kohya_names, write_diffusers, write_kohya
@@ -73,9 +74,21 @@ def info(place: str | Path, base: str | None = None) -> dict[str, Any]:
         except WeightsError as fault:
             facts["refused"] = str(fault)
     elif not lora.layers or lora.strange:
-        some = ", ".join(sorted(lora.strange)[:3])
-        facts["refused"] = f"{len(lora.strange)} of its {lora.tensors} tensors are no LoRA's, for instance {some}"
+        facts["refused"] = strangers(lora, file)
     return facts
+
+
+def strangers(lora: LoraFile, file: str | Path) -> str:
+    """What is not understood of a file, and what to do."""
+    if "token" in lora.metadata or lora.strange and set(lora.strange) <= {"emb_params", "clip_l", "clip_g"}:
+        token = read_embedding(Path(file))[0]
+        return f"it holds the token '{token}' and no LoRA; draw with it: sdtune sample MODEL --lora {file}"
+    told = f"{len(lora.strange)} of its {lora.tensors} tensors are no LoRA's, for instance "
+    told += ", ".join(sorted(lora.strange)[:3])
+    if foreign := unknown_kind(lora.strange):
+        return f"{told}; {foreign}"
+    counted = any(key.startswith("lora_unet_") for key in lora.strange)
+    return f"{told}; if it is for an SDXL of other blocks, name that with --base MODEL" if counted else told
 
 
 def _one(values: set[Any]) -> Any:
@@ -214,10 +227,7 @@ def check_no_tokens(folder: Path) -> None:
 def plain(lora: LoraFile, place: str) -> Layers:
     """Its layers. Raises WeightsError where a tensor of the file is not understood."""
     if lora.strange or not lora.layers:
-        raise WeightsError(
-            f"'{place}': {len(lora.strange)} of its {lora.tensors} tensors are no LoRA's, for instance "
-            f"{', '.join(sorted(lora.strange)[:3])}"
-        )
+        raise WeightsError(f"'{place}': {strangers(lora, place)}")
     return lora.layers
 
 

@@ -20,8 +20,8 @@ from sdtune.errors import UsageError, WeightsError
 from sdtune.export import command, export, find_source
 from sdtune.families import single_file
 from sdtune.families.stable_diffusion import StableDiffusion
-from sdtune.lora_tools import info
 from sdtune.file_headers import kohya_header
+from sdtune.lora_tools import info
 from sdtune.opening import open_model
 from sdtune.run import Run
 from tests.adapters.test_lora_formats import answers, close
@@ -371,3 +371,14 @@ def test_the_command(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Captu
     assert command(str(runs["lora"]), "kohya", out, as_json=True) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == {"out": str(out), "format": "kohya", "bytes": out.stat().st_size}
+
+
+def test_an_export_is_called_as_its_run_unless_told(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = runs["lora"] / "checkpoints" / "step-000001" / "weights"
+    for place, kind, name in ((runs["lora"], "kohya", "lora.safetensors"), (checkpoint, "diffusers", "lora-diffusers")):
+        assert command(str(place), kind) == 0 and (tmp_path / name).exists()
+    with pytest.raises(UsageError, match="exists already"):
+        command(str(runs["lora"] / "final"), "kohya")

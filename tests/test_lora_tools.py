@@ -1,6 +1,7 @@
 """`sdtune lora`: what a file is, and arithmetic with known answers."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from sdtune.cli import app
 from sdtune.errors import WeightsError
 from sdtune.families.headers import unet_config
 from sdtune.families.stable_diffusion import StableDiffusion
-from sdtune.lora_tools import info
+from sdtune.lora_tools import info, read
 from tests.adapters.test_lora_formats import answers, close
 
 LEGACY = "axes_legacy_processor_keys.safetensors"
@@ -356,3 +357,20 @@ def test_what_the_commands_refuse(file: Path, monkeypatch: pytest.MonkeyPatch, w
     answer = sdtune("lora", *words)
     assert answer.exit_code in (1, 2) and match in answer.stderr
     assert not (file.parent / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"emb_params": torch.zeros(2, 32)}, "it holds the token 'odd' and no LoRA"),
+        ({"lora_unet_a.lora_mid.weight": torch.zeros(2, 2, 3, 3)}, "use_tucker"),
+        ({"lora_unet_a.diff": torch.zeros(2, 2)}, "whole differences of weights"),
+        ({"lora_unet_a.lora_down.weight": torch.zeros(2, 2)}, "SDXL of other blocks.*--base MODEL"),
+    ],
+)
+def test_what_is_no_lora_is_called_by_its_name(tmp_path: Path, tensors: dict[str, Any], says: str) -> None:
+    file = tmp_path / "odd.safetensors"
+    save_file(tensors, file)
+    assert re.search(says, info(file)["refused"])
+    with pytest.raises(WeightsError, match=says):
+        read([str(file)], None, "diffusers")

@@ -6,7 +6,7 @@ is looked up in the model first, and a file that does not fit as a whole is refu
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,13 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # the name that diffusers loo
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 WIDTHS = {768: "SD1", 1024: "SD2", 2048: "SDXL"}  # of the text that a UNet reads: it tells the base models apart
 READS_TEXT = re.compile(r"^unet\..*\.attn2\.to_[kv]$")
+FOREIGN = {  # parts that LyCORIS writes and that are not read here
+    "dora_scale": "its DoRA scales the inputs (LyCORIS without wd_on_output), and only scales of the outputs are known",
+    "lora_mid": "it is a LoCon with a core between its factors (use_tucker), which is not read; train it without",
+    ".diff": "it holds whole differences of weights (.diff: LyCORIS' full, or its norm layers), which are not read; "
+    "merge it into its base with the program that made it",
+}
+
 
 
 @dataclass(frozen=True)
@@ -292,12 +299,17 @@ def _why(lora: LoraFile, shapes: Mapping[str, Shape]) -> str:
     if width is not None and expected is not None and width != expected:
         this = f"is {base_of(expected)}" if expected in WIDTHS else f"reads text of width {expected}"
         return f"it is for {base_of(width)}, this model {this}; name a base of its kind"
-    if any("dora_scale" in key for key in lora.strange):
-        return "its DoRA scales the inputs (LyCORIS without wd_on_output), and only scales of the outputs are known"
+    if foreign := unknown_kind(lora.strange):
+        return foreign
     missing = sorted({name.partition(".")[0] for name in lora.layers} - {name.partition(".")[0] for name in shapes})
     if missing:
         return f"this model has no {' and no '.join(missing)}; name a base of its kind"
     return "it was made for another model, or in a format that is not known"
+
+
+def unknown_kind(keys: Iterable[str]) -> str | None:
+    """What a file's keys that are not understood belong to, where that has a name; else None."""
+    return next((what for mark, what in FOREIGN.items() if any(mark in key for key in keys)), None)
 
 
 def misfits(lora: LoraFile, shapes: Mapping[str, Shape]) -> list[str]:

@@ -203,6 +203,8 @@ def load_embedding(family: Family, file: Path) -> None:
         WeightsError: the file is damaged, or of another model. UsageError: the token is a word already.
     """
     token, encoders = read_rows(family, file)
+    if any(token in tokenizer.get_added_vocab() for tokenizer in family.tokenizers.values()):
+        raise UsageError(f"'{file}' holds the token '{token}', a word that this model has learned before; leave it out")
     for name, rows in encoders.items():
         network = family.modules[name]
         weight = network.get_input_embeddings().weight

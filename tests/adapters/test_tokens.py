@@ -279,7 +279,7 @@ def test_files_of_other_tools(sd: Path, tmp_path: Path) -> None:
     weight = family.modules["text_encoder"].get_input_embeddings().weight
     (ids,) = token_ids(family.tokenizers["tokenizer"], ["mycat <one>"])
     assert torch.equal(weight[ids], rows[[0, 1, 0]])
-    with pytest.raises(UsageError, match="'<one>' is a word that this model knows already"):
+    with pytest.raises(UsageError, match="the token '<one>', a word that this model has learned before; leave it out"):
         load_embedding(family, tmp_path / "one.safetensors")
 
 
