@@ -20,7 +20,7 @@ from sdtune.adapters.lora_files import LoraFile, check_fit, load_lora, read_lora
 from sdtune.adapters.lora_layers import LoraLayer
 from sdtune.adapters.tokens import is_embedding, load_embedding, read_embedding
 from sdtune.building import base_place
-from sdtune.checkpoint import could_not_write, written_aside
+from sdtune.checkpoint import could_not_write, write_json, written_aside
 from sdtune.config import resolve_asset
 from sdtune.data.atomic import flush
 from sdtune.errors import RunError, UsageError, WeightsError
@@ -31,8 +31,8 @@ from sdtune.families.original import original_checkpoint
 from sdtune.families.schedulers import adjusted
 from sdtune.families.single_file import FIRST, PICKLES, read_shapes
 from sdtune.file_headers import kind_of, kohya_header, model_header, model_marks
-from sdtune.opening import open_base, open_whole, read_notes
-from sdtune.run_folder import weights_folder
+from sdtune.opening import open_base, open_other_base, open_whole, read_notes
+from sdtune.run_folder import NOTES, weights_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
 NAME_BASE = "add --base MODEL"
@@ -74,7 +74,8 @@ class Source:
         """The whole model, with the LoRA merged in and the tokens known; of a VAE's run the VAE alone."""
         path = Path(self.place)
         if not self.whole:
-            family = open_whole(self.base, {}) if self.base else open_base(path, dict(self.notes), NAME_BASE)
+            noted = self.notes
+            family = open_other_base(self.base, noted) if self.base else open_base(path, dict(noted), NAME_BASE)
             for file in self.tokens:
                 load_embedding(family, file)
             if self.lora is not None:
@@ -83,12 +84,12 @@ class Source:
         if self.is_vae:
             family_of: Any = family_class(self.notes["family"])
             return family_of({"vae": family_of.open("vae", str(path), None)})
-        return open_whole(self.place, dict(self.notes))
+        return open_whole(self.place, self.notes)
 
     def open_around_vae(self) -> Family:
         """The model that a VAE was trained for, with the new VAE in it; the VAE alone where there is no such model."""
         if self.base:
-            return open_whole(self.base, {}, vae=self.place)
+            return open_other_base(self.base, {}, vae=self.place)
         if self.notes.get("base"):
             return open_base(Path(self.place), {**self.notes, "vae": self.place}, NAME_BASE)
         print(
@@ -172,7 +173,7 @@ def export_diffusers(source: Source, out: Path, dtype: str | None) -> None:
     from sdtune.adapters.lora_writing import write_diffusers
 
     if source.whole:
-        write_model(source.open(), out, dtype)
+        write_model(source.open(), out, dtype, source.notes)
         return
     layers = source.layers(dtype)[1] if source.lora else {}
     if out.suffix != ".safetensors":
@@ -298,13 +299,18 @@ def export_single_file(source: Source, out: Path, dtype: str | None) -> None:
 def export_merged(source: Source, out: Path, dtype: str | None) -> None:
     """A folder that stock diffusers opens, a LoRA merged in, a VAE in its place."""
     family = source.open_around_vae() if source.is_vae else source.open()
-    write_model(family, out, dtype)
+    write_model(family, out, dtype, source.notes)
 
 
-def write_model(family: Family, out: Path, dtype: str | None) -> None:
-    """Write what there is of a model as a diffusers folder."""
+def write_model(family: Family, out: Path, dtype: str | None, notes: Mapping[str, Any]) -> None:
+    """Write what there is of a model as a diffusers folder; `notes` of its run."""
+    skip = notes.get("clip_skip")
     with written_aside(out) as aside:
         family.save(aside, dtype)
+        if skip:
+            write_json(aside / NOTES, {key: notes[key] for key in ("clip_skip", "max_tokens") if key in notes})
+    if skip:
+        print(f"{out}: was trained with clip skip; draw with it in diffusers by clip_skip={skip}", file=sys.stderr)
 
 
 FORMATS: dict[str, Callable[[Source, Path, str | None], None]] = {

@@ -1,6 +1,7 @@
 """A model from whatever a person names it by: a run, the weights of one, a diffusers folder, a hub id, or tiny."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from sdtune.families import FAMILIES, family_class
 from sdtune.families.base import Family
 from sdtune.families.loading import read_index
 from sdtune.run_folder import NOTES, weights_folder
+
+TRAINED = ("clip_skip", "max_tokens", "prediction", "zero_terminal_snr")  # notes that change what a model draws
 
 
 def open_model(model: str, lora: str | None = None, *, device: torch.device, precision: str = "fp32") -> Family:
@@ -29,7 +32,8 @@ def open_model(model: str, lora: str | None = None, *, device: torch.device, pre
     """
     path = weights_folder(Path(resolve_asset(model)))
     notes = read_notes(path)
-    learned = find_learned(weights_folder(Path(lora))) if lora else []
+    given = weights_folder(Path(lora)) if lora else None
+    learned = find_learned(given) if given else []
     if holds_adapter(path):
         learned = find_learned(path) + learned
         family = open_base(path, notes, f"sdtune sample MODEL --lora {path}")
@@ -38,7 +42,8 @@ def open_model(model: str, lora: str | None = None, *, device: torch.device, pre
             f"'{path}' is a VAE, which draws nothing by itself; train a model with it by model.vae={path}"
         )
     else:
-        family = open_whole(str(path) if path.exists() else model, notes)
+        base = str(path) if path.exists() else model
+        family = open_other_base(base, read_notes(given)) if given else open_whole(base, notes)
     for place in learned:
         load_learned(family, place)
     building.place(family, device, building.frozen_dtype(device, precision))  # after them, so that it is rounded once
@@ -72,11 +77,25 @@ def open_base(folder: Path, notes: dict[str, Any], remedy: str) -> Family:
         ) from fault
 
 
-def open_whole(base: str, notes: dict[str, Any], vae: str | None = None) -> Family:
-    """A pipeline folder or hub id, with another VAE if one is named; model_index.json says which family it is."""
+def open_other_base(base: str, notes: Mapping[str, Any], vae: str | None = None) -> Family:
+    """A model that takes the place of the one that a run noted: read, and drawn with, as the run was trained.
+
+    Args:
+        base: a pipeline folder, file or hub id. notes: of the run; empty where there is none.
+        vae: in place of the run's.
+    """
+    own = read_notes(Path(base)) if Path(base).is_dir() else {}
+    return open_whole(base, own | {key: notes[key] for key in TRAINED if key in notes}, vae or notes.get("vae"))
+
+
+def open_whole(base: str, notes: Mapping[str, Any], vae: str | None = None) -> Family:
+    """A pipeline folder, file or hub id, with another VAE if one is named; model_index.json says which family it is.
+
+    `notes` of a run say how it was trained.
+    """
     kind = read_index(base).get("_class_name")
     names = {pipeline: name for name in FAMILIES for pipeline in family_class(name).pipeline_names}
     if kind not in names:
         raise WeightsError(f"'{base}' is a {kind}; sdtune draws with {', '.join(names)}")
     model = ModelSettings(family=names[kind], base=base, vae=vae, clip_skip=notes.get("clip_skip", 0))
-    return building.open_family(model, max_tokens=notes.get("max_tokens", 75))
+    return building.open_family(model, **{key: notes[key] for key in TRAINED[1:] if key in notes})

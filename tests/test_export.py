@@ -382,3 +382,32 @@ def test_an_export_is_called_as_its_run_unless_told(
         assert command(str(place), kind) == 0 and (tmp_path / name).exists()
     with pytest.raises(UsageError, match="exists already"):
         command(str(runs["lora"] / "final"), "kohya")
+
+
+def test_a_base_named_anew_is_read_and_drawn_with_as_the_run_was(sd: Path, photos: Path, tmp_path: Path) -> None:
+    """The base elsewhere; what the run changed of it is in its notes."""
+    vae = tmp_path / "vae"
+    other = StableDiffusion.load(str(sd)).modules["vae"]
+    with torch.no_grad():
+        other.decoder.conv_out.bias += 1
+    other.save_pretrained(vae)
+    recipe = make_recipe(
+        sd,
+        photos,
+        tmp_path / "run",
+        model={"base": str(sd), "vae": str(vae), "clip_skip": 1},
+        objective={"prediction": "v_prediction", "zero_terminal_snr": True},
+    )
+    Run(recipe).complete()
+    expected = open_model(str(recipe.output.dir), device=CPU)
+    moved = tmp_path / "moved"
+    shutil.copytree(sd, moved)
+    named = open_model(str(moved), str(recipe.output.dir), device=CPU)
+    merged = tmp_path / "merged"
+    export(find_source(recipe.output.dir, str(moved)), "merged", merged)
+    for family in (named, open_model(str(merged), device=CPU)):
+        assert (family.clip_skip, family.scheduler["prediction_type"]) == (1, "v_prediction")  # type: ignore[attr-defined]
+        assert family.scheduler["rescale_betas_zero_snr"] and family.scheduler["timestep_spacing"] == "trailing"
+        close(answers(family), answers(expected))
+        state = family.modules["vae"].state_dict()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in expected.modules["vae"].state_dict().items())
