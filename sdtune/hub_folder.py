@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sdtune.adapters.lora_files import WEIGHTS_NAME, read_lora
+from sdtune.adapters.lora_writing import write_diffusers
 from sdtune.checkpoint import write_json, write_text, written_aside
 from sdtune.config import Recipe, dump, parse
 from sdtune.config.shareable import shareable, shareable_notes
@@ -86,9 +88,20 @@ def copy_weights(final: Path, target: Path) -> dict[str, Any]:
         elif file.name.endswith("config.json") or file.name == "model_index.json":
             values = json.loads(file.read_text(encoding="utf-8"))
             write_json(place, {key: value for key, value in values.items() if key not in ORIGINS})
+        elif file.name == WEIGHTS_NAME:
+            copy_lora(file, place)
         else:
             link(file, place)
     return notes
+
+
+def copy_lora(file: Path, place: Path) -> None:
+    """A LoRA whose scale is multiplied into its factors: many programs pass over the header, where a run notes it."""
+    layers = read_lora(file).layers
+    if any(layer.scale != 1 for layer in layers.values()):
+        write_diffusers(layers, place)
+    else:
+        link(file, place)
 
 
 def copy_pictures(samples: Path, target: Path) -> list[tuple[str, str]]:

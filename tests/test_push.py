@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.hf_api import api
@@ -19,14 +20,19 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from sdtune import hub as pushing
+from sdtune.adapters.lora_files import read_lora
 from sdtune.cli import app
 from sdtune.config import Recipe, parse, shareable
 from sdtune.config.messages import fields_of, section_of
 from sdtune.config.shareable import shareable as made_shareable
 from sdtune.errors import HubError, RunError, UsageError
 from sdtune.hub import push
+from sdtune.hub_folder import write_hub_folder
 from sdtune.model_card import model_card
+from sdtune.opening import open_model
 from sdtune.run import Run
+from sdtune.run_folder import RunFolder
+from tests.adapters.test_lora_formats import answers, close
 from tests.factories import make_photos, make_recipe, make_sd, make_sdxl
 from tests.hub_stand_in import DROP, HubStandIn
 
@@ -184,6 +190,21 @@ def test_places_become_plain(base: str, shown: str, lora: Path) -> None:
     recipe = parse((lora / "run.yaml").read_text(encoding="utf-8"))
     recipe.model.base = base
     assert made_shareable(recipe, "dog").model.base == shown
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora"])
+def test_the_scale_is_in_the_factors_for_who_reads_no_header(
+    kind: str, sd: Path, photos: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    adapter = {"kind": kind, "rank": 4, "alpha": 8.0, "text_encoder": True}
+    Run(make_recipe(sd, photos, run.path, adapter=adapter)).complete()
+    out = write_hub_folder(run, "ann/dog", tmp_path / "out")
+    pushed, own = read_lora(out / WEIGHTS), read_lora(run.final / WEIGHTS)
+    assert {layer.scale for layer in pushed.layers.values()} == {1.0} != {layer.scale for layer in own.layers.values()}
+    with torch.no_grad():
+        drawn = [answers(open_model(str(sd), str(place), device=torch.device("cpu"))) for place in (out, run.path)]
+    close(*drawn)
 
 
 def test_a_second_push_replaces_the_first_and_keeps_other_files(hub: HubStandIn, lora: Path) -> None:
