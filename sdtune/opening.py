@@ -1,6 +1,7 @@
 """A model from whatever a person names it by: a run, the weights of one, a diffusers folder, a hub id, or tiny."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from sdtune import building
 from sdtune.adapters.learned import find_learned, holds_adapter, load_learned
 from sdtune.config import ModelSettings, resolve_asset
+from sdtune.config.checks import could_be_model
 from sdtune.errors import WeightsError
 from sdtune.families import FAMILIES, family_class
 from sdtune.families.base import Family
@@ -84,8 +86,11 @@ def open_other_base(base: str, notes: Mapping[str, Any], vae: str | None = None)
         base: a pipeline folder, file or hub id. notes: of the run; empty where there is none.
         vae: in place of the run's.
     """
-    own = read_notes(Path(base)) if Path(base).is_dir() else {}
-    return open_whole(base, own | {key: notes[key] for key in TRAINED if key in notes}, vae or notes.get("vae"))
+    own, vae = read_notes(Path(base)) if Path(base).is_dir() else {}, vae or notes.get("vae")
+    if vae and not could_be_model(vae):
+        print(f"the run's VAE '{vae}' is not here; that of '{base}' takes its place", file=sys.stderr)
+        vae = None
+    return open_whole(base, own | {key: notes[key] for key in TRAINED if key in notes}, vae)
 
 
 def open_whole(base: str, notes: Mapping[str, Any], vae: str | None = None) -> Family:

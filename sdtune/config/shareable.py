@@ -16,7 +16,7 @@ PLACES = r"data\.\d+\.(path|prompts)|adapter\.init_from|train\.cache_dir"
 TEXTS = (
     r"task|(objective|images|optimizer)\..*|model\.(family|variant|revision|quantize)|adapter\.(kind|targets|tokens\..*)"
     r"|data\.\d+\.(hub|split|image_column|text_column|prompt|role)|train\.(precision|attention)|output\.\w+"
-    r"|validate\.samples\.prompts"
+    r"|validate\.samples\.(prompts|sampler)"
 )
 PLACEHOLDERS = re.compile(r"^\w+\.(?=\D)|\.path$")  # model.base becomes path/to/base, data.0.path path/to/data-0
 LOCAL = re.compile(r"(/|~|\.\.?[/\\]|[A-Za-z]:[/\\]|\\\\)")  # how a path begins, on one system or another
