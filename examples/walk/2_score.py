@@ -130,13 +130,14 @@ for panel, t in zip(above.subplots(1, 3), LEVELS, strict=True):
     panel.plot(x, learned_score(x, t), color="black", linestyle="--", label="learned score")
     panel.set(title=f"t = {t}: noise of deviation {levels(t)[1]:.2f}", xlabel="$x_t$", ylabel="score")
 panel.legend(fontsize="small")
-below.suptitle("The way back: 40 paths from noise (left) to data (right), and where all of them end")
+below.suptitle("The way back: 40 paths from noise (left) to data (right), coloured by their end, and all ends beside them")
 panels = below.subplots(1, 4, width_ratios=(3, 1, 3, 1), sharey=True)
 for (name, way), panel, end in zip(ways.items(), panels[::2], panels[1::2], strict=True):
     t = torch.linspace(len(schedule), 0, len(way))
     for path in way.T[:40]:
         panel.plot(t, path, linewidth=0.6, color="tab:blue" if path[-1] > 0 else "tab:orange")
-    panel.set(title=name, xlabel="t", ylabel="$x_t$", xlim=(len(schedule), 0), ylim=(-3, 3))
+    panel.set_title(name, fontsize="medium")
+    panel.set(xlabel="t: how much noise", ylabel="$x_t$", xlim=(len(schedule), 0), ylim=(-3, 3))
     x = torch.linspace(-3, 3, 400)
     end.hist(way[-1], bins=80, range=(-3, 3), density=True, orientation="horizontal", color="0.75", label="samples")
     end.plot(noisy(1, 0).log_prob(x).exp(), x, color="tab:blue", label="data")
