@@ -9,8 +9,10 @@ prepared as in Chefer et al. 2023, "Attend-and-Excite", as there.
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +63,43 @@ class Found:
     conflict: float
     before: tuple[float, float]
     reached: bool = False
+
+
+def check_options(asked: bool, subjects: str | None, begins_with_picture: bool) -> None:
+    """What can be told before a model is opened. Raises UsageError."""
+    if asked and begins_with_picture:
+        raise UsageError("--init-noise-optimization: with --init-image a picture is not made of noise alone")
+    if subjects is not None and not asked:
+        raise UsageError("--subjects: is read with --init-noise-optimization only; add that or remove it")
+
+
+def first_noise(
+    family: Family,
+    sampler: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    height: int,
+    width: int,
+    steps: int,
+    subjects: str | None,
+) -> Tensor:
+    """What `draw_pictures` takes as its noise, (N, C, h, w); how far the scores came is told on stderr.
+
+    Args:
+        sampler: with which they will be drawn, in so many `steps`. subjects: parted by commas; None finds them.
+
+    Raises:
+        UsageError: as `Scorer`.
+    """
+    check_family(family)
+    sampler.set_timesteps(steps)
+    names = None if subjects is None else [name.strip() for name in subjects.split(",")]
+    found = optimised_noise(family, prompts, seeds, height, width, int(sampler.timesteps[0]), subjects=names)
+    reached = sum(each.reached for each in found)
+    response, conflict = (sum(getattr(each, name) for each in found) / len(found) for name in ("response", "conflict"))
+    told = f"response {response:.2f}, conflict {conflict:.2f} on average"
+    print(f"initial noise: {reached} of {len(found)} met both bars ({told})", file=sys.stderr)
+    return torch.stack([each.noise for each in found])
 
 
 def subjects_in(prompt: str) -> list[str]:

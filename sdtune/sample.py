@@ -21,7 +21,6 @@ from sdtune.families.base import Conditioning, Family
 from sdtune.families.inpainting import hidden_and_rest
 from sdtune.families.loading import token_ids
 from sdtune.families.schedulers import LateStart, make_sampler
-from sdtune.init_noise import check_family, optimised_noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -217,6 +216,7 @@ def command(
             this model.
     """
     from sdtune import init_image as beginning
+    from sdtune import init_noise
     from sdtune.libraries import prepare
     from sdtune.opening import open_model
 
@@ -224,10 +224,7 @@ def command(
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out: '{out}' is a file; expected a folder for the pictures")
     beginning.check_options(init_image, strength, mask)
-    if init_noise_optimization and init_image is not None:
-        raise UsageError("--init-noise-optimization: with --init-image a picture is not made of noise alone")
-    if subjects is not None and not init_noise_optimization:
-        raise UsageError("--subjects: is read with --init-noise-optimization only; add that or remove it")
+    init_noise.check_options(init_noise_optimization, subjects, init_image is not None)
     prepare()
     device, precision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp16"
     family = open_model(model, lora, device=device, precision=precision)
@@ -238,20 +235,15 @@ def command(
     first = make_sampler(family.scheduler, sampler, dynamic_thresholding)  # refused here, if at all
     lengthen(family, [*prompts, negative_prompt])
     height, width = picture_size(family, height, width)
-    begins = beginning.read(family, init_image, strength, mask, height, width, len(prompts) * count)
-    names = None if subjects is None else [name.strip() for name in subjects.split(",")]
     wanted = [(prompt, seed + number) for prompt in prompts for number in range(count)]
-    every, seeds = [prompt for prompt, _ in wanted], [number for _, number in wanted]
-    noise = None
+    texts, seeds = [prompt for prompt, _ in wanted], [number for _, number in wanted]
+    begins = beginning.read(family, init_image, strength, mask, height, width, len(wanted))
     if init_noise_optimization:
-        check_family(family)
-        first.set_timesteps(steps)
         with evaluating(family):
-            found = optimised_noise(family, every, seeds, height, width, int(first.timesteps[0]), subjects=names)
-        noise = torch.stack([each.noise for each in found])
+            begins["noise"] = init_noise.first_noise(family, first, texts, seeds, height, width, steps, subjects)
     pictures = draw_pictures(
         family,
-        every,
+        texts,
         seeds,
         height=height,
         width=width,
@@ -261,18 +253,26 @@ def command(
         sampler=sampler,
         dynamic_thresholding=dynamic_thresholding,
         progress=sys.stderr.isatty(),
-        noise=noise,
         **begins,
     )
-    began, rows = time.perf_counter(), []
-    for (prompt, number), picture in zip(wanted, pictures, strict=True):
-        path = save_new(picture, out, f"{file_name(prompt)}-{number}")
-        rows.append({"path": str(path), "prompt": prompt, "seed": number})
-        if not as_json:
-            print(path, flush=True)
+    began = time.perf_counter()
+    rows = write(pictures, wanted, out, show=not as_json)
     if as_json:
         print(json.dumps({"pictures": rows, "model": model, "seconds": round(time.perf_counter() - began, 2)}))
     return 0
+
+
+def write(
+    pictures: Iterator["Image"], wanted: Sequence[tuple[str, int]], out: Path, show: bool
+) -> list[dict[str, Any]]:
+    """Save each picture, of a prompt and a seed, as soon as it is drawn; `show` prints its path."""
+    rows = []
+    for (prompt, number), picture in zip(wanted, pictures, strict=True):
+        path = save_new(picture, out, f"{file_name(prompt)}-{number}")
+        rows.append({"path": str(path), "prompt": prompt, "seed": number})
+        if show:
+            print(path, flush=True)
+    return rows
 
 
 def picture_size(family: Family, height: int | None, width: int | None) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Initial noise optimisation: subjects, scores, and noise of which both fall."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,13 @@ def test_on_the_tiny_base_they_fall_and_what_stands_beside_does_not_matter() -> 
     assert torch.allclose(alone.noise, found[1].noise, atol=1e-4)
 
 
-def test_the_command_draws_with_it(sd: Path, tmp_path: Path) -> None:
+def test_the_command_draws_with_it(sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options: dict[str, Any] = {"steps": 2, "height": 32, "width": 32}
     command(
         str(sd), ["a photo of dog"], out=tmp_path, init_noise_optimization=True, subjects="photo, dog", **options
     )  # fmt: skip
     assert len(list(tmp_path.glob("*.png"))) == 1
+    assert re.search(r"initial noise: \d of 1 met both bars \(response 0\.", capsys.readouterr().err)
     (plain,) = draw_pictures(StableDiffusion.load(str(sd)), ["a photo of dog"], [0], **options)
     assert (np.asarray(plain) != np.asarray(Image.open(next(tmp_path.glob("*.png"))))).any()
 
