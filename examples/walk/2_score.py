@@ -130,7 +130,7 @@ for panel, t in zip(above.subplots(1, 3), LEVELS, strict=True):
     panel.plot(x, learned_score(x, t), color="black", linestyle="--", label="learned score")
     panel.set(title=f"t = {t}: noise of deviation {levels(t)[1]:.2f}", xlabel="$x_t$", ylabel="score")
 panel.legend(fontsize="small")
-below.suptitle("The way back: 40 paths from noise (left) to data (right), coloured by their end, and all ends beside them")
+below.suptitle("The way back: 40 paths from noise (left) to data (right), coloured by their end; beside them, all ends")
 panels = below.subplots(1, 4, width_ratios=(3, 1, 3, 1), sharey=True)
 for (name, way), panel, end in zip(ways.items(), panels[::2], panels[1::2], strict=True):
     t = torch.linspace(len(schedule), 0, len(way))
