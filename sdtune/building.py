@@ -13,7 +13,7 @@ from torch import nn
 
 from sdtune.adapters import NETWORKS, SETTINGS, adapter_class
 from sdtune.adapters.base import TOKENS, Adapter
-from sdtune.adapters.learned import holds_adapter
+from sdtune.adapters.learned import holds_adapter, holds_lora
 from sdtune.adapters.textual_inversion import TextualInversion
 from sdtune.adapters.together import Together
 from sdtune.adapters.tokens import Token, embedding_files, token_files
@@ -202,6 +202,12 @@ def make_adapter(recipe: Recipe) -> Adapter:
         values["init_from"] = weights_folder(Path(resolve_asset(values["init_from"])))
     place = values.get("init_from")
     if settings.kind == "textual-inversion":
+        if place and place.is_dir() and holds_lora(place):
+            raise UsageError(
+                f"adapter.init_from: '{place}' has a LoRA beside its tokens, which textual inversion would leave out; "
+                "let both learn on with adapter.kind=lora (or what it was), or name the one file to begin with: "
+                "adapter.init_from=FILE"
+            )
         return TextualInversion(tokens, place)
     adapter = adapter_class(settings.kind)(**values)
     if not tokens and not (place and embedding_files(place)):

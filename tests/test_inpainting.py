@@ -18,6 +18,7 @@ from sdtune.data.batches import Batch, collate
 from sdtune.data.images import to_float
 from sdtune.data.random_masks import EVERYTHING, random_mask
 from sdtune.errors import DataError, UsageError
+from sdtune.export import export, find_source
 from sdtune.families.inpainting import hidden_and_rest
 from sdtune.run import Run
 from tests.factories import SIZE, losses, make_inpainting, make_photos, make_recipe
@@ -182,6 +183,33 @@ def test_what_was_trained_opens_in_the_stock_inpainting_pipeline(
     after = paint(pipeline, photos)
     assert np.isfinite(after).all() and not np.allclose(after, before)
     assert len(list((tmp_path / "run/samples/step-000002").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_of_an_inpainting_model_goes_into_its_base(
+    bases: dict[str, Path], family: str, photos: Path, tmp_path: Path
+) -> None:
+    import diffusers
+
+    base = bases[family]
+    adapter = {"rank": 4, "alpha": 8.0, "targets": "attention"}
+    recipe = make_recipe(
+        base, photos, tmp_path / "run", model={"family": family}, adapter=adapter, optimizer={"lr": 3e-2}
+    )
+    finished(recipe)
+    source = find_source(recipe.output.dir)
+    export(source, "diffusers", tmp_path / "lora")
+    export(source, "merged", tmp_path / "merged")
+    export(source, "single-file", tmp_path / "one.safetensors")
+    beside = stock(family, base)
+    plain = paint(beside, photos)
+    beside.load_lora_weights(tmp_path / "lora")
+    expected = paint(beside, photos)
+    assert np.abs(expected - plain).max() > 1e-2
+    one = getattr(diffusers, PIPELINES[family]).from_single_file(tmp_path / "one.safetensors", config=str(base))
+    one.set_progress_bar_config(disable=True)
+    for pipeline in (stock(family, tmp_path / "merged"), one):
+        np.testing.assert_allclose(paint(pipeline, photos), expected, atol=2e-3)
 
 
 def test_accumulation_and_caching_hide_the_same(bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ WHEN = {
     "adapter.targets": "all or attention+feedforward for a style, or when attention alone learns too little.",
     "adapter.factor": "4 to 16 for LoKr files that are larger and can hold more.",
     "adapter.text_encoder": "For a word that the model does not know; off where captions use plain words.",
-    "adapter.text_encoder_until": "350 or so in DreamBooth with few pictures: the text encoder overfits first.",
+    "adapter.text_encoder_until": "350 or so in DreamBooth with few pictures: the text encoder overfits first. (New "
+    "tokens go on learning.)",
     "adapter.denoiser_from": "Together with text_encoder_until, for first the text encoder and then the UNet.",
     "adapter.decoder_only": "When the latents must stay those of the base, so that its UNet goes on working.",
     "adapter.tokens.N.token": "Choose a word that no prompt has by chance.",

@@ -329,6 +329,10 @@ def test_tokens_to_begin_with_are_never_left_out(
     assert "'adapter.tokens=[{token: <cat>, vectors: 3}, {token: <rug>, vectors: 1}]'" in str(told.value)
     made.adapter.tokens, made.adapter.init_from = None, str(before.final / "pytorch_lora_weights.safetensors")
     assert Run(made).learning.keys() == {"unet", "text_encoder"}  # the LoRA alone, where it is named
+    made = recipe(sd, pictures, tmp_path / "tokens")
+    made.adapter.init_from = str(before.path)
+    with pytest.raises(UsageError, match="has a LoRA beside its tokens, which textual inversion would leave out"):
+        Run(made)
 
 
 # --- the same by another way ------------------------------------------------------------------------------------------

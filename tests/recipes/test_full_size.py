@@ -19,7 +19,14 @@ from tests.factories import losses
 ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT.parent / "shared" / "data" / "dreambooth" / "dog"
 CONFIGS = ROOT / "sdtune" / "assets" / "single_file" / "sd1"
-RECIPES = ["dreambooth_lora_sd15", "dreambooth_full_sd15", "textual_inversion_sd15", "lora_sd15"]
+RECIPES = [
+    "dreambooth_lora_sd15",
+    "dreambooth_full_sd15",
+    "dreambooth_two_phases_sd15",
+    "textual_inversion_sd15",
+    "pivotal_sd15",
+    "lora_sd15",
+]
 SMALLER = {
     "data.0.path": str(PHOTOS),
     "optimizer.warmup": 0,
