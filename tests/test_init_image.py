@@ -73,15 +73,15 @@ def test_the_command_begins_with_a_picture_of_any_shape(sd: Path, tmp_path: Path
         assert drawn.size == (40, 24)
 
 
-def test_a_mask_hides_what_is_painted_anew(tmp_path: Path, photos: Path) -> None:
-    base = make_inpainting(tmp_path / "base")
+@pytest.mark.parametrize("kind", [StableDiffusion, StableDiffusionXL])
+def test_a_mask_hides_what_is_painted_anew(kind: Any, tmp_path: Path, photos: Path) -> None:
+    base = make_inpainting(tmp_path / "base", "sdxl" if kind is StableDiffusionXL else "stable-diffusion")
     half = np.zeros((64, 64), dtype=np.uint8)
     half[:, :32] = 255
     Image.fromarray(half).save(tmp_path / "mask.png")
     pixels, hidden = read_pictures(photos / "0.png", tmp_path / "mask.png", SIZE, SIZE)
     assert hidden is not None and hidden[..., :16].min() == 255 and hidden[..., 16:].max() == 0
-    family = StableDiffusion.load(str(base))
-    (expected,) = draw_pictures(family, ["a dog"], [0], **QUICK, shown=(pixels, hidden))
+    (expected,) = draw_pictures(kind.load(str(base)), ["a dog"], [0], **QUICK, shown=(pixels, hidden))
     options: dict[str, Any] = QUICK | {"init_image": photos / "0.png", "mask": tmp_path / "mask.png"}
     command(str(base), ["a dog"], out=tmp_path / "whole", **options)
     with Image.open(tmp_path / "whole" / "a-dog-0.png") as drawn:
