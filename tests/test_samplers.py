@@ -1,5 +1,6 @@
 """Samplers by name: each draws what stock diffusers draws with that scheduler, or is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sdtune import evaluate
 from sdtune.config.files import check
@@ -17,7 +19,9 @@ from sdtune.families import SAMPLERS
 from sdtune.families.schedulers import make_sampler
 from sdtune.families.sdxl import StableDiffusionXL
 from sdtune.families.stable_diffusion import StableDiffusion
+from sdtune.run import Run
 from sdtune.sample import draw_pictures, initial_noise
+from tests.factories import make_recipe
 
 SD15 = {
     "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -128,3 +132,15 @@ def test_dynamic_thresholding_is_the_papers(name: str) -> None:
 def test_samplers_without_thresholding_are_refused() -> None:
     with pytest.raises(UsageError, match="EulerDiscreteScheduler has none; name a sampler that has: ddpm, ddim, dpm-"):
         make_sampler(SD15, "euler", dynamic_thresholding=0.995)
+
+
+def test_a_run_draws_its_samples_with_the_one_named(sd: Path, photos: Path, tmp_path: Path) -> None:
+    samples = {"prompts": ["a dog"], "steps": 3, "guidance": 1.0, "sampler": "euler-ancestral"}
+    recipe = make_recipe(sd, photos, tmp_path / "run", validate={"samples": samples}, train={"steps": 1})
+    Run(recipe).complete()
+    folder = tmp_path / "run/samples/step-000000"
+    assert json.loads((folder / "prompts.json").read_text())["sampler"] == "euler-ancestral"
+    options = {"height": 64, "width": 64, "steps": 3, "guidance": 1.0, "sampler": "euler-ancestral"}
+    (expected,) = draw_pictures(StableDiffusion.load(str(sd)), ["a dog"], [0], **options)  # type: ignore[arg-type]
+    with Image.open(folder / "00.png") as drawn:
+        assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected)).max() <= 1
