@@ -227,6 +227,17 @@ def check_tokens(recipe: Recipe, sources: Sequence[Source]) -> None:
             )
 
 
+def check_classes(family: Family, sources: Sequence[Source]) -> None:
+    """Raises DataError where a caption is none of the classes that the model knows."""
+    captions = [caption for source in sources for picture in source.pictures for caption in picture.captions]
+    unknown = [caption for caption in captions if family.classes and caption not in family.classes]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(captions)} captions are no class of the model, the first is '{unknown[0]}'; it "
+            f"knows {', '.join(family.classes)} (model.from_config.denoiser.classes)"
+        )
+
+
 def learning_networks(recipe: Recipe, family: Family) -> list[str]:
     """Names of the networks that the adapter is attached to. (Tokens find their text encoders by themselves.)"""
     if recipe.task == "autoencoding" and family.autoencoder is not None:

@@ -87,6 +87,7 @@ def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> 
     from sdtune.building import make_buckets, make_source, other_folders, picture_size, reads_masks
     from sdtune.class_pictures import look_into_class_folder
     from sdtune.estimate import disk_findings, estimate, latents_of, recipe_facts
+    from sdtune.families import PARTS
 
     recipe = load(target, overrides)
     entries, to_draw, refused = [], 0, []
@@ -115,7 +116,7 @@ def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> 
         )
     trigger = trigger or rare_word(recipe)
     reader = _remembered(lambda: caption_reader(recipe.model, recipe.images.max_tokens))
-    text = recipe.task == "denoising"
+    text = recipe.task == "denoising" and "tokenizer" in PARTS[recipe.model.family]
     report = check(
         entries,
         Frame(*picture_size(recipe), make_buckets(recipe, latents_of(recipe)[1])),

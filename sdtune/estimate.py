@@ -25,9 +25,9 @@ from sdtune.data.check_report import megabytes
 from sdtune.data.check_sizes import Frame
 from sdtune.data.dataset import VARIANTS
 from sdtune.data.tags import orders
+from sdtune.families import family_class
 from sdtune.families.quantization import BYTES
 from sdtune.local_models import named_models
-from sdtune.models import AutoencoderKL, UNet2DConditionModel
 from sdtune.optimizers import STATE_BYTES
 
 MEASURED = 0.3  # seconds
@@ -35,9 +35,15 @@ FLOATS = 4  # bytes of a float32
 Facts = list[tuple[str, str]]
 
 
+def learning_part(recipe: Recipe) -> str:
+    """The name of the network that learns, or of the one beside text encoders that does."""
+    family = family_class(recipe.model.family)
+    return "vae" if recipe.task == "autoencoding" else family.denoiser
+
+
 def network_config(recipe: Recipe) -> dict[str, Any] | None:
     """The configuration of the network that learns; None where it is not on this machine."""
-    part = "vae" if recipe.task == "autoencoding" else "unet"
+    part = learning_part(recipe)
     made = (recipe.model.from_config or {}).get(part)
     if isinstance(made, dict):
         return made
@@ -52,9 +58,8 @@ def network_config(recipe: Recipe) -> dict[str, Any] | None:
 
 def make_empty(recipe: Recipe, config: dict[str, Any]) -> Any:
     """The network that learns, without memory for its weights."""
-    kind: Any = AutoencoderKL if recipe.task == "autoencoding" else UNet2DConditionModel
     with torch.device("meta"):
-        return kind.from_config(config)
+        return family_class(recipe.model.family).build(learning_part(recipe), config)
 
 
 def sample_flops(recipe: Recipe, network: Any) -> int:
@@ -66,19 +71,9 @@ def sample_flops(recipe: Recipe, network: Any) -> int:
             network(torch.empty(1, config.in_channels, height, width))
         else:
             _, factor = latents_of(recipe)
-            network(**denoiser_inputs(config, height // factor, width // factor, recipe.images.max_tokens + 2))
+            inputs = family_class(recipe.model.family).inputs
+            network(**inputs(config, height // factor, width // factor, recipe.images.max_tokens + 2))
     return int(counter.get_total_flops())
-
-
-def denoiser_inputs(config: Any, height: int, width: int, tokens: int) -> dict[str, Any]:
-    """Arguments for one sample of so many latents, of the right shapes."""
-    latents = torch.empty(1, config.in_channels, height, width)
-    inputs: dict[str, Any] = {"sample": latents, "timestep": torch.empty(1)}
-    inputs["encoder_hidden_states"] = torch.empty(1, tokens, config.cross_attention_dim)
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
-    return inputs
 
 
 def machine_speed(precision: str) -> float:
@@ -216,6 +211,8 @@ def variants(captions: Iterable[str], keep: int, samples: int) -> int:
 
 def latents_bytes(recipe: Recipe, frame: Frame) -> int:
     """Bytes that the cache in memory keeps of one picture: mean and deviation of its latents in float32."""
+    if family_class(recipe.model.family).autoencoder is None:
+        return 0
     channels, factor = latents_of(recipe)
     return 2 * FLOATS * channels * (frame.height // factor) * (frame.width // factor)
 
@@ -223,8 +220,10 @@ def latents_bytes(recipe: Recipe, frame: Frame) -> int:
 def latents_of(recipe: Recipe) -> tuple[int, int]:
     """Channels of the latents, and how many pixels lie along the side of one.
 
-    Where the VAE's configuration is not here, 4 and 8, as Stable Diffusion's.
+    Where the VAE's configuration is not here, 4 and 8, as Stable Diffusion's. Without a VAE pixels are latents.
     """
+    if family_class(recipe.model.family).autoencoder is None:
+        return (network_config(recipe) or {}).get("channels", 3), 1
     made = recipe.model.vae or (recipe.model.from_config or {}).get("vae") or recipe.model.base or ""
     values = made if isinstance(made, dict) else {}
     if isinstance(made, str):
@@ -255,7 +254,7 @@ def recipe_facts(recipe: Recipe, known: Mapping[str, Any]) -> Facts:
     if recipe.train.cache_dir is not None:
         free = f"{megabytes(known['cache_dir_free_bytes'])} are free for {recipe.train.cache_dir}"
         facts.append(("cache", f"about {megabytes(known['cache_dir_bytes'])}, of which some may be there; {free}"))
-    elif recipe.train.cache and recipe.task == "denoising":
+    elif recipe.task == "denoising" and known["cached_latents_bytes"]:
         latents = f"about {megabytes(known['cached_latents_bytes'])} of latents in memory, 2.1 GB at most"
         facts.append(("cache", latents))
     if known["class_pictures_to_draw"]:

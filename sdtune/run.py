@@ -118,6 +118,7 @@ class Run:
         settings = self.recipe.validation
         building.check_masks(self.recipe, sources)
         building.check_tokens(self.recipe, sources)
+        building.check_classes(self.family, sources)
         self.sources, self.validation = held_out(sources, settings.fraction, self.recipe.train.seed)
         measured = replace(self.validation, pictures=evenly([self.validation], settings.count))
         known = caching.known_views(self.recipe, self.stores, [*self.sources, measured])

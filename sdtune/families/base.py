@@ -48,6 +48,7 @@ class Family(Protocol):
     schedule: Schedule
     scheduler: dict[str, Any]  # scheduler_config.json
     tokenizers: Mapping[str, Any]
+    classes: tuple[str, ...]  # the only captions that it knows, besides ""; empty where it reads any, or none
     max_tokens: int  # of a caption that are read, in chunks of 75
 
     @property
@@ -67,6 +68,16 @@ class Family(Protocol):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, seed: int, **options: Any) -> "Family":
         """Make the networks from their configurations, with weights drawn from `seed`."""
+        ...
+
+    @classmethod
+    def build(cls, part: str, config: Mapping[str, Any]) -> Any:
+        """A network with whatever weights, from what `from_config` or a config.json says of it."""
+        ...
+
+    @staticmethod
+    def inputs(config: Any, height: int, width: int, tokens: int) -> dict[str, Any]:
+        """Arguments of the denoiser of that configuration for one sample of h x w latents, without values."""
         ...
 
     def picture_size(self) -> tuple[int, int]:

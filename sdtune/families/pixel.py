@@ -92,6 +92,16 @@ class Pixel:
         name = f"{part}/config.json"
         return read_json(Path(base) / name if Path(base).is_dir() else hub_file(base, name, revision))
 
+    @classmethod
+    def build(cls, part: str, config: Mapping[str, Any]) -> Any:
+        """See `Family.build`."""
+        return network_class(config)(**{key: value for key, value in config.items() if key[0] != "_" and key != "kind"})
+
+    @staticmethod
+    def inputs(config: Any, height: int, width: int, tokens: int) -> dict[str, Any]:
+        """See `Family.inputs`."""
+        return {"x_t": torch.empty(1, config.channels, height, width), "t": torch.empty(1)}
+
     # --- what the loop asks -----------------------------------------------------------------------------------------
 
     @property
@@ -101,7 +111,7 @@ class Pixel:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names that may be asked for; none of an unconditional model."""
+        """See `Family.classes`; none of an unconditional model."""
         return tuple(self.modules["denoiser"].config.classes)
 
     def picture_size(self) -> tuple[int, int]:

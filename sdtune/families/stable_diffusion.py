@@ -44,6 +44,7 @@ class StableDiffusion:
     denoiser = "unet"
     autoencoder = "vae"
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    classes: tuple[str, ...] = ()
     text_kinds: Mapping[str, tuple[str, ...]] = {"text_encoder": ("CLIPTextModel", "BertModel", "T5EncoderModel")}
     parts: tuple[str, ...] = PARTS["stable-diffusion"]
     pipeline_names: tuple[str, ...] = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
@@ -185,6 +186,22 @@ class StableDiffusion:
         elif part == "unet" and (width := cls.text_width(opened)) != config.get("cross_attention_dim", width):
             config = {"encoder_hid_dim": width, "encoder_hid_dim_type": "text_proj"} | config
         return make_network(kind, config, seed, part)
+
+    @classmethod
+    def build(cls, part: str, config: Mapping[str, Any]) -> Any:
+        """See `Family.build`."""
+        return cls.network_class(part).from_config(config)
+
+    @staticmethod
+    def inputs(config: Any, height: int, width: int, tokens: int) -> dict[str, Any]:
+        """See `Family.inputs`."""
+        latents = torch.empty(1, config.in_channels, height, width)
+        inputs: dict[str, Any] = {"sample": latents, "timestep": torch.empty(1)}
+        inputs["encoder_hidden_states"] = torch.empty(1, tokens, config.cross_attention_dim)
+        if config.addition_embed_type == "text_time":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+        return inputs
 
     @classmethod
     def network_class(cls, part: str, config: Mapping[str, Any] = MappingProxyType({})) -> Any:

@@ -9,9 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from sdtune import checking, estimate
+from sdtune.config import dump
+from sdtune.config.files import check
 from sdtune.data.metadata import write_rows
 from sdtune.diffusion.schedule import Prediction
-from sdtune.errors import UsageError, WeightsError
+from sdtune.errors import DataError, UsageError, WeightsError
 from sdtune.families.pixel import Pixel
 from sdtune.opening import open_model
 from sdtune.run import Run
@@ -151,6 +154,45 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 def test_settings_of_other_losses_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"objective.snr_gamma: the model predicts ve_score, .* remove objective"):
         Run(pixel_recipe(tmp_path, objective={"snr_gamma": 5.0}))
+
+
+def test_captions_that_are_no_classes_are_refused_before_the_run(tmp_path: Path) -> None:
+    recipe = pixel_recipe(tmp_path, denoiser={"classes": ["0", "2"]})
+    with pytest.raises(DataError, match="3 of 6 captions are no class of the model, the first is '1'; it knows 0, 2"):
+        Run(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_check_knows_what_it_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = pixel_recipe(tmp_path, train={"steps": 10, "batch_size": 2}, output={"checkpoint_every": 5})
+    (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    assert checking.command(str(tmp_path / "recipe.yaml"), as_json=True) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["cached_latents_bytes"] == 0 and 0 < known["seconds"] < 60
+    network = estimate.make_empty(recipe, estimate.network_config(recipe) or {})
+    assert estimate.sample_flops(recipe, network) > 0
+    assert known["memory_bytes"] == 16 * sum(p.numel() for p in network.parameters())  # weights, gradients, two means
+
+
+@pytest.mark.parametrize(("resolution", "family"), [(28, "pixel"), (28, "stable-diffusion"), (4, "pixel")])
+def test_sides_are_multiples_of_what_the_family_asks_for(tmp_path: Path, resolution: int, family: str) -> None:
+    values = {
+        "model": {"base": "tiny", "family": family},
+        "data": [{"path": "assets:demo"}],
+        "images": {"resolution": resolution},
+        "optimizer": {"lr": 1e-4},
+        "train": {"steps": 1},
+        "output": {"dir": "run", "trackers": []},
+    }
+    faults = dict(check(values)[1])
+    expected = {(28, "pixel"): None, (28, "stable-diffusion"): "multiple of 8", (4, "pixel"): "at least 8"}
+    assert (expected[resolution, family] or "") in faults.get("images.resolution", "")
+    assert ("images.resolution" in faults) == (expected[resolution, family] is not None)
+
+
+def test_a_cache_of_latents_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="train.cache_dir keeps latents, and this model denoises the pictures as they"):
+        Run(pixel_recipe(tmp_path, train={"cache_dir": str(tmp_path / "cache")}))
 
 
 def test_the_folder_names_its_classes(tmp_path: Path) -> None:
