@@ -170,7 +170,7 @@ class DataSource(Section):
     hub: str | None = Field(None, description="Id of a data set on the hub.")
     split: str = Field("train", description="Split of the data set.")
     image_column: str = Field("image", description="Column of the pictures (hub).")
-    text_column: str = Field("text", description="Column of the captions.")
+    text_column: str = Field("text", description="Column of the captions, or of classes, whose names are captions.")
     prompt: str | None = Field(None, description="The caption of every picture, in place of the data set's own.")
     role: Literal["instance", "class", "validation"] = Field(
         "instance",

@@ -14,6 +14,18 @@ def captions_of(text: Any) -> list[str]:
     return [str(caption).strip() for caption in texts if caption is not None and str(caption).strip()]
 
 
+def named_classes(values: Sequence[Any], feature: Any) -> list[Any]:
+    """The cells of a column; class numbers become the names that they stand for, and -1, for none, becomes None.
+
+    Args:
+        feature: what HF `datasets` knows of the column, None where it knows nothing.
+    """
+    names = getattr(feature, "names", None)  # of a ClassLabel
+    if names is None:
+        return list(values)
+    return [names[value] if isinstance(value, int) and value >= 0 else None for value in values]
+
+
 def counted(number: int, noun: str) -> str:
     """1 picture, 1,200 pictures."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

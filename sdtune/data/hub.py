@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtune.data.captions import PROMPT, captions_of, setting
+from sdtune.data.captions import PROMPT, captions_of, named_classes, setting
 from sdtune.data.picture import MASK, Picture
 from sdtune.errors import DataError, HubError
 from sdtune.hub_access import hub_fault
@@ -14,6 +14,8 @@ def hub_pictures(
     hub: str, split: str, image_column: str, text_column: str, prompt: str | None, key: str
 ) -> list[Picture]:
     """One picture a row; a cell with a list of texts holds several captions, one in the column `mask` its mask.
+
+    A class number is the caption that is its name.
 
     Raises:
         HubError: no network, or no such data set.
@@ -40,7 +42,8 @@ def hub_pictures(
     if prompt is not None:
         captions: list[tuple[str, ...]] = [(prompt,)] * len(table)
     else:
-        captions = [tuple(captions_of(text)) for text in table[text_column][:]]
+        texts = named_classes(table[text_column][:], table.features[text_column])
+        captions = [tuple(captions_of(text)) for text in texts]
         without = [index for index, texts in enumerate(captions) if not texts]
         if without:
             raise DataError(

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from sdtune.data.captions import captions_of, no_captions, setting
+from sdtune.data.captions import captions_of, named_classes, no_captions, setting
 from sdtune.data.picture import MASK, Picture
 from sdtune.errors import DataError
 
@@ -25,7 +25,7 @@ def parquet_pictures(
     Args:
         files: parquet files of one kind.
         image_column: pictures: encoded bytes, or datasets' struct of bytes and path.
-        text_column: captions; a cell with a list of texts holds several.
+        text_column: captions; a cell with a list of texts holds several, one with a class number is its name.
         prompt: caption of every picture in place of their own. key: of the source in its recipe, for messages.
 
     Raises:
@@ -57,7 +57,7 @@ def pictures_in_parquet(
             captions = [(prompt,)] * opened.metadata.row_group(group).num_rows
         else:
             texts = _column(file, opened, group, text_column).to_pylist()
-            captions = [tuple(captions_of(text)) for text in texts]
+            captions = [tuple(captions_of(text)) for text in named_classes(texts, _feature(opened, text_column))]
         masked = _masked(file, opened, group)
         for row, some in enumerate(captions):
             read, mask = (partial(_cell, str(file), group, column, row) for column in (image_column, MASK))
@@ -103,6 +103,15 @@ def _masked(file: Path, opened: Any, group: int) -> list[bool] | None:
     if pyarrow.types.is_struct(kind) or pyarrow.types.is_binary(kind):
         return list(_column(file, opened, group, MASK).is_valid().to_pylist())
     return None  # of another kind: whatever it is, it holds no pictures
+
+
+def _feature(opened: Any, column: str) -> Any:
+    """What `datasets` noted of a column in the file; None where it was not written by it."""
+    if b"huggingface" not in (opened.schema_arrow.metadata or {}):
+        return None
+    from datasets import Features
+
+    return Features.from_arrow_schema(opened.schema_arrow).get(column)
 
 
 def _damaged(file: Path, error: Exception) -> DataError:

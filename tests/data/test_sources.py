@@ -321,6 +321,22 @@ def test_hub_data_sets(hub_set):
     assert {picture.captions for picture in prompted.pictures} == {("x",)}
 
 
+def test_classes_are_captions_by_name(tmp_path):
+    import datasets
+
+    columns = {"image": [Image.new("L", (12, 8))] * 2, "label": [1, 0]}
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["shirt", "ankle boot"]))
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set" / "train-00000.parquet")
+    for place in ({"hub": str(tmp_path / "set")}, {"path": tmp_path / "set"}):
+        pictures = load_source(**place, text_column="label").pictures
+        assert [picture.captions for picture in pictures] == [("ankle boot",), ("shirt",)]
+    columns["label"] = [1, -1]
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set" / "train-00000.parquet")
+    with pytest.raises(DataError, match="without caption"):
+        load_source(path=tmp_path / "set", text_column="label")
+
+
 def test_masks_of_hub_data_sets(tmp_path):
     import datasets
 

@@ -233,7 +233,8 @@ def test_what_a_family_is_not_is_said(name: str, tmp_path: Path, sd: Path) -> No
     folder = tmp_path / "other"
     shutil.copytree(sd, folder)
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(WeightsError, match="is a FluxPipeline; this family opens StableDiffusion"):
+    opens = family_class(name).pipeline_names[0]
+    with pytest.raises(WeightsError, match=f"is a FluxPipeline; this family opens {opens}"):
         open_one(name, folder)
 
 
