@@ -51,7 +51,7 @@ def two_numbers(pictures: np.ndarray) -> torch.Tensor:
 
 
 def test_networks_are_trained_drawn_and_judged_once(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--kinds", "resnet_decoder", "segnet", "--seconds", "0.01", "--samples", "20"]
+    arguments = ["--kinds", "resnet_decoder", "segnet", "--seconds", "0.01", "--samples", "20", "--halvings", "1"]
     arguments += ["--set", "train.batch_size=4", "train.precision=fp32", "optimizer.warmup=0"]
     result = benchmark.main(arguments)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
