@@ -1,7 +1,8 @@
-"""The lines of Python with which somebody else loads what a run made, with diffusers alone."""
+"""The lines of Python with which somebody else loads what a run made, with diffusers alone where that knows it."""
 
 from sdtune.config import Recipe
 from sdtune.config.shipped import TINY
+from sdtune.families import OURS_ALONE
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDING = "learned_embeds"
@@ -17,6 +18,8 @@ def loading_code(recipe: Recipe, repo: str, prompt: str, *, inpaints: bool = Fal
     """
     if recipe.task == "autoencoding":
         return vae_code(repo)
+    if recipe.model.family in OURS_ALONE:
+        return own_code(repo)
     name = "AutoPipelineForInpainting" if inpaints else "AutoPipelineForText2Image"
     single = (recipe.model.base or "").endswith((".safetensors", ".ckpt"))
     if single and recipe.adapter.kind != "full":
@@ -138,6 +141,19 @@ def text_encoders(recipe: Recipe) -> list[str]:
 def other_vae(recipe: Recipe) -> bool:
     """Whether a pipeline needs a VAE that is not its base's. (A whole model has it in its folder.)"""
     return recipe.model.vae is not None and recipe.adapter.kind != "full"
+
+
+def own_code(repo: str) -> str:
+    """Draw a picture with sdtune, for a model that stock diffusers has no pipeline for."""
+    return f"""import torch
+from sdtune.opening import open_model
+from sdtune.sample import draw_pictures
+
+family = open_model("{repo}", device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+prompt = family.classes[0] if family.classes else ""
+height, width = family.picture_size()
+(picture,) = draw_pictures(family, [prompt], [0], height=height, width=width, steps=500)
+picture.save("picture.png")"""
 
 
 def vae_code(repo: str) -> str:

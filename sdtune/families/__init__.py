@@ -39,6 +39,7 @@ PARTS = {
 
 # What the sides of pictures are multiples of, as far as it is known before a model is opened.
 SIDES = {"stable-diffusion": 8, "sdxl": 8, "pixel": 1}
+OURS_ALONE = ("pixel",)  # what stock diffusers has no pipeline for
 
 
 def family_class(name: str) -> "type[Family]":

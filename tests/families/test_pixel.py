@@ -16,6 +16,7 @@ from sdtune.data.metadata import write_rows
 from sdtune.diffusion.schedule import Prediction
 from sdtune.errors import DataError, UsageError, WeightsError
 from sdtune.families.pixel import Pixel
+from sdtune.model_code import loading_code
 from sdtune.opening import open_model
 from sdtune.run import Run
 from sdtune.sample import draw_pictures
@@ -188,6 +189,14 @@ def test_sides_are_multiples_of_what_the_family_asks_for(tmp_path: Path, resolut
     expected = {(28, "pixel"): None, (28, "stable-diffusion"): "multiple of 8", (4, "pixel"): "at least 8"}
     assert (expected[resolution, family] or "") in faults.get("images.resolution", "")
     assert ("images.resolution" in faults) == (expected[resolution, family] is not None)
+
+
+def test_the_card_draws_with_sdtune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_family().save(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    code = loading_code(pixel_recipe(tmp_path), "model", "7")
+    exec(code.replace("steps=500", "steps=2"), {})
+    assert Image.open("picture.png").size == (28, 28)
 
 
 def test_a_cache_of_latents_is_refused(tmp_path: Path) -> None:
