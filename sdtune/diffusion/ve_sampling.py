@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdtune.diffusion.ve import VarianceExploding
 
-LAST = 1e-3  # the time at which sampling ends, as in the tutorial
+LAST = 1e-3  # the smallest time at which `probability_flow` asks for the score
 SIGNAL_TO_NOISE = 0.16  # of a step of the corrector, as in the paper's appendix G
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), t (B,)) -> the score, of the shape of x_t
@@ -21,7 +21,7 @@ Noise = Callable[[], Tensor]  # fresh standard normal noise of the shape of x_t
 
 
 def euler_maruyama(score: Score, x: Tensor, schedule: VarianceExploding, steps: int, noise: Noise) -> Tensor:
-    """The reverse process dx = -g(t)^2 score dt + g(t) dw in equal steps of time; the last one adds no noise.
+    """The reverse process dx = -g(t)^2 score dt + g(t) dw in equal steps of time down to 0; the last adds no noise.
 
     Args:
         score: of the network.
@@ -54,13 +54,14 @@ def probability_flow(score: Score, x: Tensor, schedule: VarianceExploding, steps
     """The ordinary equation dx = -g(t)^2 score / 2 dt, which has the same marginals, by Heun's method.
 
     `noise` is not asked for: the picture follows from the first noise alone. Other arguments as of `euler_maruyama`;
-    two calls a step. The steps are equal in log std(t), for the equation is stiff where there is little noise.
+    two calls a step. The steps are equal in log std(t), for the equation is stiff where there is little noise; the last
+    takes away what is left of it, by Euler's method.
 
     Source: as above, section 4.3; Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
     Models", algorithm 1 (Heun).
     """
     begin, end = schedule.std(torch.tensor([1.0, LAST])).log().tolist()
-    levels = torch.linspace(begin, end, steps + 1).exp().to(x.device)  # deviations of the noise, falling
+    levels = torch.linspace(begin, end, steps).exp().to(x.device)  # deviations of the noise, falling
 
     def slope(x: Tensor, std: Tensor) -> Tensor:
         """dx / dstd = -std * score."""
@@ -70,7 +71,7 @@ def probability_flow(score: Score, x: Tensor, schedule: VarianceExploding, steps
         first = slope(x, now)
         guess = x + (following - now) * first
         x = x + (following - now) * (first + slope(guess, following)) / 2
-    return x
+    return x - levels[-1] * slope(x, levels[-1])
 
 
 VE_SAMPLERS = {
@@ -78,14 +79,17 @@ VE_SAMPLERS = {
     "predictor-corrector": predictor_corrector,
     "probability-flow": probability_flow,
 }
-CALLS = {"euler-maruyama": 1, "predictor-corrector": 2, "probability-flow": 2}  # of the network, a step
+
+
+def calls(method: str, steps: int) -> int:
+    """How often a sampler asks for the score."""
+    return {"euler-maruyama": steps, "predictor-corrector": 2 * steps, "probability-flow": 2 * steps - 1}[method]
 
 
 def times(x: Tensor, steps: int) -> Iterator[tuple[Tensor, float]]:
-    """Times (B,) from 1 down to LAST, each with the length of its step."""
-    length = (1 - LAST) / steps
+    """Times (B,) from 1 down, each with the length of its step; the last ends at 0."""
     for i in range(steps):
-        yield torch.full((len(x),), 1 - i * length, device=x.device), length
+        yield torch.full((len(x),), 1 - i / steps, device=x.device), 1 / steps
 
 
 def reverse_step(

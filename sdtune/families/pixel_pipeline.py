@@ -9,7 +9,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from sdtune.diffusion.ve_sampling import CALLS, VE_SAMPLERS
+from sdtune.diffusion.ve_sampling import VE_SAMPLERS, calls
 from sdtune.families.base import Conditioning
 from sdtune.families.score_sampler import ScoreSampler
 
@@ -69,7 +69,7 @@ class PixelPipeline(DiffusionPipeline):
     def draw_score(self, answer: Any, noise: Any, latents: Tensor, steps: int) -> Tensor:
         """With a `ScoreSampler`."""
         schedule, method = self.scheduler.schedule, self.scheduler.method
-        with self.progress_bar(total=steps * CALLS[method]) as bar:
+        with self.progress_bar(total=calls(method, steps)) as bar:
 
             def score(x_t: Tensor, t: Tensor) -> Tensor:
                 bar.update()

@@ -10,7 +10,7 @@ from torch import Tensor
 from sdtune.diffusion.objectives import denoising_loss
 from sdtune.diffusion.schedule import NoiseSchedule, Prediction
 from sdtune.diffusion.ve import VarianceExploding, read_schedule, score_loss
-from sdtune.diffusion.ve_sampling import CALLS, VE_SAMPLERS
+from sdtune.diffusion.ve_sampling import VE_SAMPLERS, calls
 from sdtune.errors import WeightsError
 
 SCHEDULE = VarianceExploding(25.0)
@@ -102,21 +102,21 @@ def test_the_ordinary_equation_gives_the_picture_of_each_noise() -> None:
     first = SCHEDULE.std(torch.ones(1)) * noise
     ended = VE_SAMPLERS["probability-flow"](gaussian_score, first, SCHEDULE, 200, lambda: noise / 0)
     # In closed form x moves along its deviation: (x - mean) / sqrt(variance + std^2) stays.
-    last, begin = SCHEDULE.std(torch.tensor(1e-3)), SCHEDULE.std(torch.tensor(1.0))
-    expected = MEAN + (first - MEAN) * ((DEVIATION**2 + last**2) / (DEVIATION**2 + begin**2)).sqrt()
-    torch.testing.assert_close(ended, expected, atol=2e-3, rtol=2e-3)
+    begin = SCHEDULE.std(torch.tensor(1.0))
+    expected = MEAN + (first - MEAN) * DEVIATION / (DEVIATION**2 + begin**2).sqrt()
+    torch.testing.assert_close(ended, expected, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize("name", VE_SAMPLERS)
 def test_the_network_is_called_as_often_as_is_said(name: str) -> None:
-    calls = []
+    asked = []
 
     def score(x: Tensor, t: Tensor) -> Tensor:
-        calls.append(t)
+        asked.append(t)
         return gaussian_score(x, t)
 
     VE_SAMPLERS[name](score, torch.randn(3, 2), SCHEDULE, 7, lambda: torch.zeros(3, 2))
-    assert len(calls) == 7 * CALLS[name] and all(t.shape == (3,) for t in calls)
+    assert len(asked) == calls(name, 7) and all(t.shape == (3,) for t in asked)
 
 
 def test_preconditioned_an_answer_of_zero_is_the_score_of_gaussian_pixels() -> None:
