@@ -28,15 +28,10 @@ def open_stores(recipe: Recipe, family: Family) -> Stores | None:
     """The stores of a model in `train.cache_dir`; None where the recipe names none.
 
     Raises:
-        DataError: a shard is damaged. UsageError: the model has no latents, or is one for inpainting.
+        DataError: a shard is damaged. UsageError: the model is one for inpainting.
     """
     if recipe.train.cache_dir is None:
         return None
-    if family.autoencoder is None:
-        raise UsageError(
-            "train.cache_dir keeps latents, and this model denoises the pictures as they are; remove it with "
-            "train.cache_dir=null"
-        )
     if family.inpaints:
         raise UsageError(
             "train.cache_dir keeps what is encoded before the training, and an inpainting model is shown each picture "

@@ -26,6 +26,13 @@ DENOISING_ONLY = (
     "images.max_tokens",
 )
 DRAWING = ("prompts", "seed", "steps", "guidance", "sampler")  # of validate.samples: what a VAE has no use for
+TEXT_ENCODERS_ONLY = (
+    "model.clip_skip",
+    "adapter.text_encoder",
+    "adapter.tokens",
+    "optimizer.text_encoder_lr",
+    "images.max_tokens",
+)
 BUCKETS_ONLY = ("images.bucket_step", "images.bucket_aspect", "images.upscale")
 LOADING_ONLY = ("model.inpaint", "model.variant", "model.revision", "model.vae", "model.allow_pickle")
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -69,6 +76,7 @@ def unused_keys(recipe: Recipe) -> dict[str, str]:
             keys |= dict.fromkeys(("adapter.text_encoder_until", "adapter.denoiser_from"), why)
         if recipe.objective.loss != "huber":
             keys["objective.huber_delta"] = "is read by objective.loss: huber only; remove it"
+    keys |= _unread_without(recipe)
     keys |= _unread_by(recipe.adapter.kind)
     keys |= unread_by_optimizer(recipe)
     if not recipe.images.buckets:
@@ -81,6 +89,19 @@ def unused_keys(recipe: Recipe) -> dict[str, str]:
         keys |= dict.fromkeys(LOADING_ONLY, "is read with model.base only; remove it")
     if recipe.adapter.decoder_only:
         keys["reconstruction.kl"] = "the encoder, which it is for, does not learn (adapter.decoder_only); remove it"
+    return keys
+
+
+def _unread_without(recipe: Recipe) -> dict[str, str]:
+    """Settings of text encoders and VAEs, where the family has none."""
+    from sdtune.families import PARTS
+
+    family = recipe.model.family
+    parts, keys = PARTS.get(family, ("text_encoder", "vae")), dict[str, str]()
+    if "text_encoder" not in parts:
+        keys |= dict.fromkeys(TEXT_ENCODERS_ONLY, f"a model of family {family} has no text encoder; remove it")
+    if "vae" not in parts:
+        keys |= dict.fromkeys(("model.vae", "train.cache_dir"), f"a model of family {family} has no VAE; remove it")
     return keys
 
 

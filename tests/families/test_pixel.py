@@ -199,9 +199,26 @@ def test_the_card_draws_with_sdtune(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert Image.open("picture.png").size == (28, 28)
 
 
-def test_a_cache_of_latents_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="train.cache_dir keeps latents, and this model denoises the pictures as they"):
-        Run(pixel_recipe(tmp_path, train={"cache_dir": str(tmp_path / "cache")}))
+@pytest.mark.parametrize(
+    ("section", "values", "what"),
+    [
+        ("adapter", {"kind": "full", "text_encoder": True}, "text encoder"),
+        ("images", {"resolution": 28, "max_tokens": 150}, "text encoder"),
+        ("train", {"steps": 1, "cache_dir": "cache"}, "VAE"),
+    ],
+)
+def test_settings_of_what_it_has_not_are_refused(section: str, values: dict[str, Any], what: str) -> None:
+    recipe: dict[str, Any] = {
+        "model": {"family": "pixel", "from_config": {"denoiser": SMALL, "scheduler": SCORE}},
+        "data": [{"path": "assets:demo"}],
+        "optimizer": {"lr": 1e-4},
+        "train": {"steps": 1},
+        "images": {"resolution": 28},
+        "output": {"dir": "run", "trackers": []},
+    }
+    faults = dict(check(recipe | {section: values})[1])
+    key = f"{section}.{list(values)[1]}"
+    assert faults == {key: f"a model of family pixel has no {what}; remove it"}
 
 
 def test_the_folder_names_its_classes(tmp_path: Path) -> None:
