@@ -167,7 +167,7 @@ def learns(recipe: Mapping[str, Any]) -> str:
     tokens = " and ".join(token["token"] for token in adapter.get("tokens") or ())
     if adapter["kind"] == "textual-inversion":
         return f"the embeddings of {tokens}"
-    also = " and the text encoder" if adapter["text_encoder"] else ""
+    also = " and the text encoder" if adapter.get("text_encoder") else ""
     also += f", and the embeddings of {tokens}" if tokens else ""
     if adapter["kind"] == "full":
         return f"every weight of the UNet{also}"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sdtune.diffusion.ve import VarianceExploding
+from sdtune.diffusion.ve import VarianceExploding, like
 
 LAST = 1e-3  # the smallest time at which `probability_flow` asks for the score
 SIGNAL_TO_NOISE = 0.16  # of a step of the corrector, as in the paper's appendix G
@@ -102,8 +102,11 @@ def reverse_step(
 
 
 def langevin_step(score: Score, x: Tensor, t: Tensor, noise: Noise) -> Tensor:
-    """One step of Langevin dynamics at time t, as long as the ratio of score to noise asks for. (B, ...)."""
+    """One step of Langevin dynamics at time t, (B, ...), each as long as its own ratio of noise to score asks for.
+
+    (In the source the ratio is that of the whole batch's mean norms, so that a picture depends on those beside it.)
+    """
     gradient, eps = score(x, t), noise()
-    norms = [each.flatten(1).norm(dim=1).mean() for each in (gradient, eps)]
-    length = 2 * (SIGNAL_TO_NOISE * norms[1] / norms[0]) ** 2
-    return x + length * gradient + (2 * length) ** 0.5 * eps
+    ratio = eps.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)  # (B,)
+    length = like(2 * (SIGNAL_TO_NOISE * ratio) ** 2, x)
+    return x + length * gradient + (2 * length).sqrt() * eps

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 GREY = (0.299, 0.587, 0.114)  # how bright red, green and blue are; ITU-R BT.601
-SCORE_SAMPLER = {"_class_name": "ScoreSampler", "method": "euler-maruyama"}  # as SAMPLER, of score models
+SCORE_SAMPLER = {"_class_name": "ScoreSampler", "method": "probability-flow"}  # as SAMPLER, of score models
 
 
 class Pixel:

@@ -18,7 +18,7 @@ class ScoreSampler:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ScoreSampler":
-        """As a `scheduler_config.json` of a score model has it; without `method` Euler-Maruyama."""
+        """As a `scheduler_config.json` of a score model has it; without `method` the fastest, probability flow."""
         schedule = read_schedule(config)
         assert isinstance(schedule, VarianceExploding)
-        return cls(schedule, config.get("method", "euler-maruyama"))
+        return cls(schedule, config.get("method", "probability-flow"))

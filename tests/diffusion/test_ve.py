@@ -64,29 +64,35 @@ def test_the_schedule_is_read_from_a_configuration() -> None:
 
 # --- samplers ---------------------------------------------------------------------------------------------------------
 
-MEAN, DEVIATION = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])  # two pixels, normally distributed
+MEAN, DEVIATION = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])  # of two pixels, normally distributed
+PAIRS = 50  # of them in a picture: 100 pixels
 
 
 def gaussian_score(x: Tensor, t: Tensor) -> Tensor:
     """The score of the noisy pixels: they are normal too, with the variances added."""
-    return (MEAN - x) / (DEVIATION**2 + SCHEDULE.std(t)[:, None] ** 2)
+    mean, variance = MEAN.repeat(x.shape[1] // 2), DEVIATION.repeat(x.shape[1] // 2) ** 2
+    return (mean - x) / (variance + SCHEDULE.std(t)[:, None] ** 2)
 
 
-def drawn(sampler: Callable[..., Tensor], steps: int, count: int = 20_000) -> Tensor:
+def drawn(sampler: Callable[..., Tensor], steps: int, count: int = 400) -> Tensor:
+    """Both pixels of all pairs of so many pictures, (count * PAIRS, 2)."""
     generator = torch.Generator().manual_seed(0)
 
     def noise() -> Tensor:
-        return torch.randn(count, 2, generator=generator)
+        return torch.randn(count, 2 * PAIRS, generator=generator)
 
-    return sampler(gaussian_score, SCHEDULE.std(torch.ones(1)) * noise(), SCHEDULE, steps, noise)
+    return sampler(gaussian_score, SCHEDULE.std(torch.ones(1)) * noise(), SCHEDULE, steps, noise).view(-1, 2)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("euler-maruyama", 500), ("predictor-corrector", 250)])
-def test_samples_of_a_gaussian_have_its_mean_and_deviation(name: str, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "steps", "off"),  # Langevin steps are of a length that widens a distribution a little
+    [("euler-maruyama", 500, 0.02), ("predictor-corrector", 250, 0.05)],
+)
+def test_samples_of_a_gaussian_have_its_mean_and_deviation(name: str, steps: int, off: float) -> None:
     samples = drawn(VE_SAMPLERS[name], steps)
     # They begin with mean 0, which they forget as far as the noise at t = 1 outweighs the deviation: to a twelfth.
     torch.testing.assert_close(samples.mean(dim=0), MEAN, atol=0, rtol=0.1)
-    torch.testing.assert_close(samples.std(dim=0), DEVIATION, atol=0, rtol=0.02)
+    torch.testing.assert_close(samples.std(dim=0), DEVIATION, atol=0, rtol=off)
 
 
 def test_samples_of_the_ordinary_equation_have_the_mean_and_deviation_that_it_leads_to() -> None:
