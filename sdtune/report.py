@@ -20,6 +20,7 @@ from PIL import Image
 
 from sdtune.checkpoint import write_text
 from sdtune.config.files import read
+from sdtune.families import PARTS
 from sdtune.loss_curve import column, loss_curve
 from sdtune.run_folder import RunFolder, read_metrics
 
@@ -170,7 +171,8 @@ def learns(recipe: Mapping[str, Any]) -> str:
     also = " and the text encoder" if adapter.get("text_encoder") else ""
     also += f", and the embeddings of {tokens}" if tokens else ""
     if adapter["kind"] == "full":
-        return f"every weight of the UNet{also}"
+        denoiser = "UNet" if "unet" in PARTS[recipe["model"]["family"]] else "network"
+        return f"every weight of the {denoiser}{also}"
     targets = adapter["targets"]
     where = TARGETS.get(targets, targets) if isinstance(targets, str) else ", ".join(targets)
     begun = f", begun from {adapter['init_from']}," if adapter.get("init_from") else ""
