@@ -526,8 +526,8 @@ def _end_with(run: Callable[[], int], debug: bool) -> None:
     """
     try:
         code = run()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:
         raise  # whoever read the output has gone: the library ends quietly

@@ -70,7 +70,9 @@ def model_card(
         keep_trailing_newline=True,
     )
     triggers = trigger_words(recipe)
-    prompt = next((text for text, _ in gallery), triggers[0] if triggers else "a photo")
+    shown = [text for text, _ in gallery]
+    learned = [text for text in shown if any(trigger in text for trigger in triggers)]
+    prompt = (learned or triggers or shown or ["a photo"])[0]
     code = loading_code(recipe, repo, prompt, inpaints=inpaints)
     facts_of_run = facts(recipe.model_dump(by_alias=True), rows)
     return pages.get_template("model_card.md").render(

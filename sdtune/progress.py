@@ -18,7 +18,7 @@ def show_progress(run: "Run") -> "StepInfo | None":
     """Train under a progress bar with loss, learning rate, rate and time left; returns what the last step did.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed; the step was ended and a checkpoint written before.
+        KeyboardInterrupt: Ctrl-C was pressed; the step was ended and a checkpoint written before. It says how to go on.
     """
     from tqdm import tqdm
 
@@ -32,8 +32,7 @@ def show_progress(run: "Run") -> "StepInfo | None":
             if interrupted.is_set() and run.step < total:
                 run.keep()
                 again = f"sdtune train {run.folder.path / 'run.yaml'} --resume"
-                bar.write(f"stopped after step {run.step}; go on with: {again}", file=sys.stderr)
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(f"stopped after step {run.step}; go on with: {again}")
     return info
 
 

@@ -119,6 +119,17 @@ def test_the_card_tells_each_rate_and_the_command_that_trains_it() -> None:
     assert "\nsdtune train run.yaml\n" in card
 
 
+def test_the_code_of_the_card_draws_what_was_learned() -> None:
+    photos = {"path": "assets:demo", "prompt": "a photo of sks dog"}
+    recipe = make_recipe("tiny", "photos", "run", data=[photos])
+    for prompts, drawn in (
+        (["airplane", "a photo of sks dog in a bucket"], "a photo of sks dog in a bucket"),
+        (["airplane"], "a photo of sks dog"),
+    ):
+        card = model_card(recipe, "ann/dog", gallery=[(prompt, "images/00.png") for prompt in prompts])
+        assert f'prompt = "{drawn}"' in card
+
+
 def test_the_command_of_the_card_asks_for_other_pictures() -> None:
     card = model_card(make_recipe("tiny", "assets:demo", "run"), "ann/dog")
     assert "\nsdtune train run.yaml data.0.path=FOLDER\n" in card
