@@ -254,6 +254,6 @@ def test_ctrl_c_ends_the_step_and_keeps_it(sd: Path, photos: Path, tmp_path: Pat
         _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "stopping after this step" in said and "Traceback" not in said
-    assert re.search(r"stopped after step \d+; go on with: sdtune train .*run.yaml --resume$", said.strip())  # at the end
+    assert re.search(r"stopped after step \d+; go on with: sdtune train .*run.yaml --resume$", said.strip())
     steps = len(losses(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:06d}" / "state" / "state.json").is_file()
