@@ -216,7 +216,7 @@ class Run:
                 if recipe.validation.samples and (last or due(info.step, recipe.validation.samples.every)):
                     self.draw_samples()
                 every = recipe.output.checkpoint_every
-                if due(info.step, every) or (last and every is not None):  # so that a run can be made longer
+                if due(info.step, every) or (last and self.has_checkpoints()):
                     self.save_checkpoint()
                 yield info
         except DataError as fault:
@@ -357,6 +357,10 @@ class Run:
             )
             checkpoint.forget_old(self.folder.path, self.recipe.output.keep_last)
         distributed.barrier()
+
+    def has_checkpoints(self) -> bool:
+        """Whether checkpoints are asked for, or one was left when the run was stopped: it can be made longer then."""
+        return self.recipe.output.checkpoint_every is not None or self.folder.latest() is not None
 
     def keep(self) -> None:
         """A checkpoint out of turn, before the run stops early; several processes cannot wait for each other here."""

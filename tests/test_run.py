@@ -201,8 +201,8 @@ def test_a_finished_run_is_neither_repeated_nor_overwritten(sd: Path, photos: Pa
     longer = finished(make_recipe(sd, photos, tmp_path / "run", train={"steps": 4}), resume=True)
     assert len(losses(longer.folder.path)) == 4
     assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
-        "step-000001",
         "step-000002",
+        "step-000004",
     ]
     assert load(tmp_path / "run" / "run.yaml").train.steps == 4
 
@@ -216,6 +216,22 @@ def test_a_finished_run_can_be_made_longer_from_its_true_end(sd: Path, photos: P
     whole = finished(make_recipe(sd, photos, tmp_path / "whole", train={"steps": 5}, **common))
     assert losses(longer.folder.path) == losses(whole.folder.path)
     assert_equal(weights(tmp_path / "run" / "final"), weights(tmp_path / "whole" / "final"))
+
+
+def test_a_run_that_was_stopped_and_finished_is_made_longer_from_its_true_end(
+    sd: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Stopping it left a checkpoint, though the recipe asks for none."""
+    stopped = Run(make_recipe(sd, photos, tmp_path / "run", train={"steps": 9}))
+    next(stopped.steps())
+    stopped.keep()
+    finished(make_recipe(sd, photos, tmp_path / "run", train={"steps": 3}), resume=True)
+    longer = Run(make_recipe(sd, photos, tmp_path / "run", train={"steps": 4}), resume=True)
+    assert longer.step == 3
+    longer.complete()
+    finished(make_recipe(sd, photos, tmp_path / "whole", train={"steps": 4}))
+    assert_equal(weights(tmp_path / "run" / "final"), weights(tmp_path / "whole" / "final"))
+    assert not (tmp_path / "whole" / "checkpoints").exists()
 
 
 def test_a_finished_run_that_is_made_longer_and_killed(
