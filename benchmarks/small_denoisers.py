@@ -1,6 +1,6 @@
 """Which small network can draw clothes? A UNet, SegNet and a ResNet18 with transposed convolutions, at equal compute.
 
-    python benchmarks/small_denoisers.py --seconds 180      # three networks, three minutes of a core each
+    python benchmarks/small_denoisers.py --seconds 90       # three networks, a minute and a half of a core each
     python benchmarks/small_denoisers.py --halvings 4       # and each with half the channels, and again, while it can
 
 Needs data/fashion_mnist (python examples/mnist/build_data.py --fashion), a classifier that reads what was drawn
@@ -42,7 +42,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 KINDS = ("unet", "segnet", "resnet_decoder")
 BAR = 0.8  # share of the pictures in which the class is read that was asked for
 TRIED = 20  # steps that are measured to know how many fit
-STEPS, GUIDANCE = 25, 2.0  # of sampling
+STEPS, GUIDANCE = 25, 3.0  # of sampling
 SHOWN = 4  # rows of what each drew, on the sheet
 
 
@@ -191,7 +191,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--seconds", type=float, default=60, help="of CPU time that each is trained for")
+    parser.add_argument("--seconds", type=float, default=90, help="of CPU time that each is trained for")
     parser.add_argument("--halvings", type=int, default=0, help="of the channels, while the agreement is 0.8 or more")
     parser.add_argument("--samples", type=int, default=200, help="pictures drawn by each")
     parser.add_argument("--set", nargs="+", default=[], help="settings of the recipes, key=value")

@@ -70,7 +70,7 @@ def test_channels_are_halved(benchmark: Any) -> None:
     def network(kind: str, halvings: int) -> dict[str, Any]:
         return benchmark.recipe(kind, halvings, Path("runs/x"), []).model.from_config["denoiser"]
 
-    assert network("unet", 0)["widths"] == [16, 32, 64] and network("unet", 1)["widths"] == [8, 16, 32]
+    assert network("unet", 0)["widths"] == [16, 32, 64, 128] and network("unet", 1)["widths"] == [8, 16, 32, 64]
     assert network("segnet", 3)["widths"] == [4, 8, 16] and network("segnet", 3)["groups"] == 4
     assert network("resnet_decoder", 2)["width"] == 4
 
