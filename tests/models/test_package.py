@@ -14,9 +14,11 @@ def test_importing_it_imports_nothing_heavy() -> None:
 
 
 def test_public_names() -> None:
-    assert sdtune.models.__all__ == ["AutoencoderKL", "UNet2DConditionModel"]
-    for name in sdtune.models.__all__:
+    assert sdtune.models.__all__ == ["DENOISERS", "AutoencoderKL", "UNet2DConditionModel", "denoiser_class"]
+    for name in ("AutoencoderKL", "UNet2DConditionModel"):
         assert getattr(sdtune.models, name).__name__ == name
+    for name, place in sdtune.models.DENOISERS.items():
+        assert sdtune.models.denoiser_class(name).__name__ == place.partition(":")[2]
 
 
 def test_a_name_that_is_not_there() -> None:
