@@ -89,7 +89,10 @@ def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run or model folder, hub id, or tiny.")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be given several times.")],
     negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
-    lora: Annotated[str | None, typer.Option(help="A file of a LoRA or a token, or a folder or run with some.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="A file, folder or run with a LoRA or token; FILE:0.7 gives it a weight; several times."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count on.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Guidance scale.")] = 7.5,
@@ -121,12 +124,12 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Draw pictures from prompts."""
-    options = {name: value for name, value in locals().items() if name not in ("model", "prompt", "debug")}
+    options = {name: value for name, value in locals().items() if name not in ("model", "prompt", "lora", "debug")}
 
     def run() -> int:
         from sdtune.sample import command
 
-        return command(model, prompt, **options)
+        return command(model, prompt, loras=lora or [], **options)
 
     _end_with(run, debug)
 

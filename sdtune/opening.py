@@ -1,6 +1,7 @@
 """A model from whatever a person names it by: a run, the weights of one, a diffusers folder, a hub id, or tiny."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 
 from sdtune import building
 from sdtune.adapters.learned import find_learned, holds_adapter, load_learned
+from sdtune.adapters.tokens import is_embedding
 from sdtune.config import ModelSettings, resolve_asset
 from sdtune.config.checks import could_be_model
-from sdtune.errors import WeightsError
+from sdtune.errors import UsageError, WeightsError
 from sdtune.families import FAMILIES, family_class
 from sdtune.families.base import Family
 from sdtune.families.loading import read_index
@@ -21,23 +23,25 @@ from sdtune.run_folder import NOTES, weights_folder
 TRAINED = ("clip_skip", "max_tokens", "prediction", "zero_terminal_snr")  # notes that change what a model draws
 
 
-def open_model(model: str, lora: str | None = None, *, device: torch.device, precision: str = "fp32") -> Family:
-    """The family behind a name, on its device, with its adapter if it is one, and then with another.
+def open_model(model: str, *loras: str, device: torch.device, precision: str = "fp32") -> Family:
+    """The family behind a name, on its device, with its adapter if it is one, and then with others.
 
     Args:
         model: run folder, its final/ or a checkpoint, diffusers folder, hub id, or tiny.
-        lora: file of a LoRA, of a relative of it or of a token, or a folder or run that holds some.
+        loras: each a file of a LoRA, of a relative of it or of a token, or a folder or run that holds some; with a
+            weight as `parted_weight` reads it. The first that is a run's says how a base is read and drawn with.
         precision: of the networks on a GPU, as `building.frozen_dtype` has it.
 
     Raises:
         WeightsError: no such model, or a LoRA that does not fit it. HubError: the Hub has no answer.
+        UsageError: a weight for new words alone, or a word that the model knows already.
     """
     path = weights_folder(Path(resolve_asset(model)))
     notes = read_notes(path)
-    given = weights_folder(Path(lora)) if lora else None
-    learned = find_learned(given) if given else []
+    given = [(weights_folder(place), weight) for place, weight in map(parted_weight, loras)]
+    learned = [(part, weight) for place, weight in given for part in weighted(place, weight)]
     if holds_adapter(path):
-        learned = find_learned(path) + learned
+        learned = [(part, 1.0) for part in find_learned(path)] + learned
         family = open_base(path, notes, f"sdtune sample MODEL --lora {path}")
     elif notes.get("task") == "autoencoding":
         raise WeightsError(
@@ -45,11 +49,25 @@ def open_model(model: str, lora: str | None = None, *, device: torch.device, pre
         )
     else:
         base = str(path) if path.exists() else model
-        family = open_other_base(base, read_notes(given)) if given else open_whole(base, notes)
-    for place in learned:
-        load_learned(family, place)
+        family = open_other_base(base, next(filter(None, (read_notes(place) for place, _ in given)), {}))
+    for part, weight in learned:
+        load_learned(family, part, weight)
     building.place(family, device, building.frozen_dtype(device, precision))  # after them, so that it is rounded once
     return family
+
+
+def parted_weight(name: str) -> tuple[Path, float]:
+    """A place and its weight: PLACE:0.7, or PLACE alone, whose weight is 1. A path that exists is whole."""
+    found = re.fullmatch(r"(.+):(-?(?:\d+\.?\d*|\.\d+))", name)
+    return (Path(found[1]), float(found[2])) if found and not Path(name).exists() else (Path(name), 1.0)
+
+
+def weighted(place: Path, weight: float) -> list[Path]:
+    """As `find_learned`. Raises UsageError for a weight where there are new words alone."""
+    learned = find_learned(place)
+    if weight != 1 and all(part.is_file() and is_embedding(part) for part in learned):
+        raise UsageError(f"'{place}' holds new words and no LoRA, and words have no weight, got {weight}; leave it out")
+    return learned
 
 
 def read_notes(folder: Path) -> dict[str, Any]:

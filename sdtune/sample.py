@@ -181,7 +181,7 @@ def command(
     prompts: Sequence[str],
     *,
     negative_prompt: str = "",
-    lora: str | None = None,
+    loras: Sequence[str] = (),
     seed: int = 0,
     steps: int = 25,
     guidance: float = 7.5,
@@ -203,7 +203,7 @@ def command(
     Args:
         model: run folder, its final/ or a checkpoint, diffusers folder, hub id, or tiny.
         prompts: `count` pictures of each, with the seeds `seed`, `seed` + 1, ...
-        lora: LoRA file, or a folder or run that holds one.
+        loras: LoRA files, or folders or runs that hold one, with weights: see `open_model`.
         steps, guidance, sampler, dynamic_thresholding: as `draw_pictures` has them.
         init_image, strength, mask: see `sdtune.init_image`.
         height, width: in pixels; None is the model's own.
@@ -227,7 +227,7 @@ def command(
     init_noise.check_options(init_noise_optimization, subjects, init_image is not None)
     prepare()
     device, precision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp16"
-    family = open_model(model, lora, device=device, precision=precision)
+    family = open_model(model, *loras, device=device, precision=precision)
     levels = family.schedule.levels
     if levels is not None and steps > levels:
         raise UsageError(f"--steps: got {steps}, but this model knows {levels} noise levels; 20 to 50 are usual")

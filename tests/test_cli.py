@@ -167,7 +167,7 @@ def test_the_version() -> None:
     [
         ("sdtune.run", ["train", "lora_tiny", "train.seed=2"], {"recipe": "lora_tiny", "overrides": ["train.seed=2"]}),
         ("sdtune.sample", ["sample", "x", "--prompt", "a", "--prompt", "b"], {"model": "x", "prompts": ["a", "b"]}),
-        ("sdtune.sample", ["sample", "x", "--prompt", "a", "--lora", "y", "--seed", "3"], {"lora": "y", "seed": 3}),
+        ("sdtune.sample", ["sample", "x", "--prompt", "a", "--lora", "y", "--seed", "3"], {"loras": ["y"], "seed": 3}),
         ("sdtune.demo", ["demo", "--no-prior", "--json"], {"out": Path("runs/demo"), "prior": False, "as_json": True}),
     ],
 )

@@ -146,7 +146,7 @@ def test_zero_terminal_snr_changes_training_sampling_and_what_is_saved(
         )
     )  # fmt: skip
     assert run.task.schedule.alpha_bar[-1] == 0
-    reopened = open_model(str(tmp_path / "run"), None, device=torch.device("cpu"), precision="fp32")
+    reopened = open_model(str(tmp_path / "run"), device=torch.device("cpu"), precision="fp32")
     assert reopened.schedule.alpha_bar[-1] == 0
     told = "v_prediction" if prediction == "auto" else "sample"
     for sampler in (run.family.sampler(), reopened.sampler()):

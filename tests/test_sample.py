@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from sdtune.cli import app
 from sdtune.errors import HubError, RunError, SdtuneError, UsageError, WeightsError
 from sdtune.families.stable_diffusion import StableDiffusion
-from sdtune.opening import open_model
+from sdtune.opening import open_model, parted_weight
 from sdtune.run import Run
 from sdtune.sample import command, draw_pictures, file_name, lengthen
 from tests.factories import make_recipe, make_sd
@@ -86,6 +88,44 @@ def test_a_run_draws_what_it_learned(runs: dict[str, Any], name: str) -> None:
     if name != "full":
         beside = open_model(run.recipe.model.base, str(run.folder.path), device=CPU)
         assert_same(pictures(beside), expected)
+
+
+def test_several_loras_add_up_each_with_its_weight(
+    runs: dict[str, Any], sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(runs["lora"].folder.path)
+    plain, once, halves, less = (
+        pictures(open_model(str(sd), *loras, device=CPU))
+        for loras in ((), (run,), (f"{run}:0.25", f"{run}:.75"), (f"{run}:0.5",))
+    )
+    assert_same(halves, once)
+    assert all((np.abs(less - other) > 2).any() for other in (plain, once))
+    assert_same(pictures(open_model(run, f"{run}:-1", device=CPU)), plain)
+    drawn = CliRunner().invoke(
+        app,
+        ["sample", str(sd), "--prompt", "dog", "--lora", run, "--lora", f"{run}:-1", "--steps", "2"]
+        + ["--out", str(tmp_path / "out")],
+    )
+    assert drawn.exit_code == 0, drawn.stderr
+    assert command(str(sd), ["dog"], out=tmp_path / "plain", **QUICK) == 0
+    one, other = (np.asarray(Image.open(tmp_path / name / "dog-0.png")).astype(int) for name in ("out", "plain"))
+    assert_same(one, other)
+
+
+def test_only_a_number_after_the_last_colon_is_a_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, place, weight in (
+        ("k.safetensors", "k.safetensors", 1.0),
+        ("runs/rex:0.7", "runs/rex", 0.7),
+        ("a:b.safetensors:-1.5", "a:b.safetensors", -1.5),
+        ("C:\\loras\\k.safetensors", "C:\\loras\\k.safetensors", 1.0),
+        ("C:\\loras\\k.safetensors:.5", "C:\\loras\\k.safetensors", 0.5),
+        ("rex:nan", "rex:nan", 1.0),
+    ):
+        assert parted_weight(name) == (Path(place), weight)
+    (tmp_path / "night:2").mkdir()
+    assert parted_weight("night:2") == (Path("night:2"), 1.0)
+    assert parted_weight("night:2:0.5") == (Path("night:2"), 0.5)
 
 
 def test_a_run_that_is_not_finished_draws_with_its_last_checkpoint(
@@ -188,10 +228,10 @@ def test_faults_are_told_before_anything_is_written(
         ([photos], {}, WeightsError, "is not a diffusers pipeline"),
         ([photos / "0.png"], {}, WeightsError, "is a file; expected a diffusers folder"),
         ([sd / "unet"], {}, WeightsError, "is not a diffusers pipeline"),
-        ([sd], {"lora": str(tmp_path / "none")}, WeightsError, "the LoRA .* does not exist"),
-        ([sd], {"lora": str(photos)}, WeightsError, "should hold one LoRA file"),
-        ([sd], {"lora": str(runs["sdxl"].folder.path)}, WeightsError, "is refused"),
-        ([sd], {"lora": str(runs["full"].folder.path)}, WeightsError, "should hold one LoRA file"),
+        ([sd], {"loras": [str(tmp_path / "none")]}, WeightsError, "the LoRA .* does not exist"),
+        ([sd], {"loras": [str(photos)]}, WeightsError, "should hold one LoRA file"),
+        ([sd], {"loras": [str(runs["sdxl"].folder.path)]}, WeightsError, "is refused"),
+        ([sd], {"loras": [str(runs["full"].folder.path)]}, WeightsError, "should hold one LoRA file"),
         ([sd], {"out": tmp_path / "file"}, UsageError, "is a file; expected a folder"),
         ([sd], {"steps": 2000}, UsageError, "got 2000, but this model knows 1000"),
     ]

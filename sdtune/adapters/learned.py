@@ -27,12 +27,12 @@ def find_learned(place: Path) -> list[Path]:
     return tokens if tokens and not holds_lora(place) else [*tokens, find_lora(place)]
 
 
-def load_learned(family: Family, place: Path) -> None:
+def load_learned(family: Family, place: Path, weight: float = 1.0) -> None:
     """Put a token, a LoRA or a relative of it into the model, added to what is there.
 
     Args:
         family: its networks are changed in place.
-        place: one of what `find_learned` answered.
+        place: one of what `find_learned` answered. weight: of a LoRA, as `load_lora` has it.
 
     Raises:
         WeightsError: it is damaged, or does not fit the model. UsageError: the token is a word already.
@@ -40,4 +40,4 @@ def load_learned(family: Family, place: Path) -> None:
     if place.is_file() and is_embedding(place):
         load_embedding(family, place)
     else:
-        load_lora(family, place)
+        load_lora(family, place, weight)

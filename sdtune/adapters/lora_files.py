@@ -227,12 +227,13 @@ def published_unet(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_lora(family: Family, place: str | Path) -> None:
+def load_lora(family: Family, place: str | Path, weight: float = 1.0) -> None:
     """Put a LoRA, or one of its relatives, into the weights of the networks, added to what is there.
 
     Args:
         family: its networks are changed in place.
         place: a file or folder in any style, see `read_lora`.
+        weight: how far to go from what is there: 0 is not at all, 1 as it was learned; more or less than that too.
 
     Raises:
         WeightsError: the file is missing, damaged, no LoRA, or does not fit the model in every tensor.
@@ -242,7 +243,7 @@ def load_lora(family: Family, place: str | Path) -> None:
     check_fit(lora, weight_shapes(family.modules), place)
     weights = named_weights(family.modules)
     for name, layer in lora.layers.items():
-        weights[name].data = layer.merged(weights[name].data)
+        weights[name].data = weights[name].data.lerp(layer.merged(weights[name].data), weight)
 
 
 def named_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:

@@ -97,6 +97,19 @@ def test_what_peft_saved_is_read_and_written_again(sd: Path, tmp_path: Path, kin
         close(answers(ours), expected)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha"])
+def test_a_weight_is_how_far_to_go_from_the_base(sd: Path, tmp_path: Path, kind: str) -> None:
+    made(StableDiffusion.load(str(sd)), tmp_path / "peft", kind)
+    base, whole, part, none = (StableDiffusion.load(str(sd)) for _ in range(4))
+    for family, weight in ((whole, 1.0), (part, 0.3), (none, 0.0)):
+        load_lora(family, tmp_path / "peft", weight)
+    before, full, third, same = (named_weights(family.modules) for family in (base, whole, part, none))
+    assert any((full[name] - before[name]).abs().max() > 0.01 for name in before)
+    for name, weight in before.items():
+        torch.testing.assert_close(third[name], weight + 0.3 * (full[name] - weight), atol=1e-5, rtol=1e-4)
+        assert torch.equal(same[name], weight)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_opens_what_is_written(sd: Path, tmp_path: Path, kind: str) -> None:
     theirs = StableDiffusion.load(str(sd))

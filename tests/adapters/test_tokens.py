@@ -289,6 +289,8 @@ def test_files_that_do_not_fit_are_refused(sd: Path, sdxl: Path, finished: Calla
         open_model(str(sdxl), str(small), device=CPU)
     with pytest.raises(WeightsError, match="'<cat>' have width 24, 32, this model's text encoders have 32"):
         open_model(str(sd), str(large), device=CPU)
+    with pytest.raises(UsageError, match="new words and no LoRA, and words have no weight, got 0.5"):
+        open_model(str(sd), f"{small}:0.5", device=CPU)
     shutil.copytree(small, tmp_path / "cut")
     (tmp_path / "cut" / "learned_embeds-1.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(WeightsError, match="cannot be read as safetensors"):
