@@ -1,5 +1,8 @@
 """Whether a run folder can be begun, or gone on with by a recipe."""
 
+import shlex
+from pathlib import Path
+
 from sdtune.config import Recipe, changes, parse
 from sdtune.config.messages import show
 from sdtune.errors import RunError
@@ -19,9 +22,21 @@ def check_folder(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
     check_same(folder, recipe)
     if folder.final.exists() and folder.latest() is None:
         raise RunError(
-            f"'{folder.path}' is done and has no checkpoint to go on from (output.checkpoint_every is not set); draw "
-            f"with it: sdtune sample {folder.path} --prompt TEXT, or begin another run with output.dir=FOLDER"
+            f"'{folder.path}' is done and has no checkpoint to go on from (output.checkpoint_every is not set); begin "
+            f"another run with its weights: sdtune train {shlex.quote(str(folder.path / 'run.yaml'))} "
+            f"{begun_with(folder.path, recipe)} output.dir=FOLDER, or draw with it: sdtune sample "
+            f"{shlex.quote(str(folder.path))} --prompt TEXT"
         )
+
+
+def begun_with(run: Path, recipe: Recipe) -> str:
+    """What to type so that another run of a recipe begins with the weights of this one."""
+    place = shlex.quote(str(run))
+    if recipe.adapter.kind != "full":
+        return f"adapter.init_from={place}"
+    if recipe.task == "autoencoding":
+        return shlex.quote(f"model={{from_config: {{vae: {run / 'final'}}}}}")
+    return f"model.base={place}" + ("" if recipe.model.from_config is None else " model.from_config=null")
 
 
 def check_same(folder: RunFolder, recipe: Recipe) -> None:

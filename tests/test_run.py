@@ -1,6 +1,7 @@
 """Whole runs on a small random model: what learns, what stays, what is written, and that the way does not matter."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sdtune.run_folder import RunFolder, weights_folder
 from tests.factories import VAE, losses, make_photos, make_recipe, weights
 
 FULL = {"kind": "full"}
+PARTS = {part: f"sd/{part}" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
 PAIRS = {"steps": 4, "batch_size": 2, "seed": 5}
 
 
@@ -268,6 +270,30 @@ def test_a_finished_run_without_a_checkpoint_is_kept(sd: Path, photos: Path, tmp
         with pytest.raises(RunError, match="is done and has no checkpoint to go on from.*checkpoint_every.*sdtune sam"):
             Run(again, resume=True)
     assert_equal(weights(tmp_path / "run" / "final"), before)
+
+
+@pytest.mark.parametrize(
+    ("sections", "begins"),
+    [
+        ({}, "adapter.init_from={run}"),
+        ({"adapter": FULL}, "model.base={run}"),
+        ({"adapter": FULL, "model": {"from_config": PARTS}}, "model.base={run} model.from_config=null"),
+        ({"task": "autoencoding", "adapter": FULL}, "'model={{from_config: {{vae: {run}/final}}}}'"),
+    ],
+    ids=["lora", "full", "full from parts", "VAE"],
+)
+def test_the_weights_of_a_finished_run_without_a_checkpoint_can_learn_on_in_another(
+    sd: Path, photos: Path, tmp_path: Path, sections: dict[str, Any], begins: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sd.parent)
+    recipe, run = make_recipe(sd, photos, tmp_path / "run", **sections), tmp_path / "run"
+    finished(recipe)
+    with pytest.raises(RunError, match="is done and has no checkpoint") as fault:
+        Run(recipe, resume=True)
+    command = f"sdtune train {run}/run.yaml {begins.format(run=run)} output.dir=FOLDER"
+    assert command in str(fault.value)
+    _, _, _, *overrides = shlex.split(command.replace("FOLDER", str(tmp_path / "more")))
+    Run(load(run / "run.yaml", overrides))
 
 
 @pytest.mark.parametrize(
