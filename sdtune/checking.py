@@ -1,6 +1,7 @@
 """`sdtune check`: a data set, or all that a recipe needs, looked at before any training."""
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 from sdtune.config import Recipe, load, resolve_asset, shipped_recipes
 from sdtune.config.checks import doubtful
+from sdtune.data.captions import setting
 from sdtune.data.check import Identity, Report, check
 from sdtune.data.check_captions import Reader, holds
 from sdtune.data.check_entries import Entry, data_set_entries
@@ -54,7 +56,7 @@ def command(
         _refuse_options(target, [name for name, value in given.items() if value is not None], fix)
         return _end(*check_recipe(target, overrides, trigger), target, as_json)
     if overrides:
-        raise UsageError(f"'{overrides[0]}' is for a recipe, and '{target}' is a data set; expected options only")
+        raise UsageError(f"'{overrides[0]}' is for a recipe, and '{target}' is a data set; {_as_option(overrides[0])}")
     entries = data_set_entries(target, prompt, image_column, text_column)
     side = resolution or RESOLUTION
     reader = _remembered(lambda: caption_reader(None, MAX_TOKENS))
@@ -112,6 +114,7 @@ def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> 
                 settings.prompt,
                 settings.role,
                 other_folders(recipe, settings),
+                key=f"data.{number}",
             )
         )
     trigger = trigger or rare_word(recipe)
@@ -205,6 +208,15 @@ def _refuse_options(target: str, options: Sequence[str], fix: Path | None) -> No
         raise UsageError(
             f"--fix cleans a data set, and '{target}' is a recipe; name the folder: sdtune check FOLDER --fix {fix}"
         )
+
+
+def _as_option(override: str) -> str:
+    """What to write for a data set in place of a recipe's `key=value`."""
+    key, _, value = override.partition("=")
+    name = key.rpartition(".")[2]
+    if name not in ("prompt", "image_column", "text_column", "resolution"):
+        return "expected options only"
+    return f"write: {setting('', name, shlex.quote(value))}"
 
 
 def _end(report: Report, facts: Facts, values: dict[str, Any], title: str, as_json: bool) -> int:

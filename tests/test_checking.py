@@ -148,6 +148,8 @@ def test_a_data_set_of_the_hub(tmp_path, capsys, monkeypatch):
         (["lora_tiny"], {"prompt": "x"}, "--prompt is for a data set, and 'lora_tiny' is a recipe"),
         (["lora_tiny"], {"fix": Path("out")}, "--fix cleans a data set.*sdtune check FOLDER --fix out"),
         (["photos", ["a=b"]], {}, "'a=b' is for a recipe, and 'photos' is a data set"),
+        (["photos", ["data.0.prompt=a dog"]], {}, "is a data set; write: --prompt 'a dog'"),
+        (["photos", ["images.resolution=64"]], {}, "is a data set; write: --resolution 64"),
     ],
 )
 def test_wrong_usage(arguments, options, says):
@@ -211,6 +213,13 @@ def test_missing_masks_are_fatal_where_the_recipe_reads_them(recipe, photos, cap
     assert code == 0 and kinds(values)["mask missing"]["level"] == "warning"
     code, values = checked(capsys, recipe(objective={"outside_mask": 0.1}))
     assert code == 1 and kinds(values)["mask missing"]["count"] == 6
+
+
+def test_what_to_type_for_pictures_without_a_caption(recipe, photos, capsys):
+    (photos / "metadata.jsonl").unlink()
+    assert "--prompt 'a photo" in kinds(checked(capsys, str(photos))[1])["no caption"]["do"]
+    two = recipe(data=[{"path": str(photos)}, {"path": str(photos), "prompt": "x", "role": "class"}])
+    assert "data.0.prompt='a photo" in kinds(checked(capsys, two)[1])["no caption"]["do"]
 
 
 def test_every_shipped_recipe_of_the_tiny_model(capsys):

@@ -9,6 +9,7 @@ It works on what `load_source` answers, so a new kind of source is checked as so
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from sdtune.data.captions import PROMPT, setting
 from sdtune.data.check_captions import Captioned, Reader, caption_findings
 from sdtune.data.check_entries import Entry
 from sdtune.data.check_findings import Finding, about, is_fatal, worst_first
@@ -161,7 +162,7 @@ def _reading_findings(reading: Reading) -> Iterator[Finding]:
     def named(names: Sequence[str]) -> list[str]:
         return [_named(reading, name) for name in names]
 
-    refused = bool(reading.refusal)
+    refused, key = bool(reading.refusal), reading.entry.key
     found = [
         *about("fatal", "rows", named(reading.bad_rows), "rows of the metadata that cannot be read", "mend them"),
         *about(
@@ -176,7 +177,8 @@ def _reading_findings(reading: Reading) -> Iterator[Finding]:
             "no column",
             named(reading.no_column),
             f"files without the column '{reading.entry.text_column}', where captions are looked for",
-            "name the right one with --text-column (text_column in a recipe), or give all pictures one --prompt",
+            f"name the right one with: {setting(key, 'text_column', 'KEY')}, or give all pictures one caption with: "
+            f"{setting(key, 'prompt', PROMPT)}",
         ),
         *about(
             "fatal" if refused else "warning",
@@ -197,7 +199,7 @@ def _reading_findings(reading: Reading) -> Iterator[Finding]:
             "no caption",
             named(reading.without_caption),
             "pictures without a caption",
-            "write captions (sdtune caption), or give all one with prompt=...",
+            f"write captions (sdtune caption), or give all one with: {setting(key, 'prompt', PROMPT)}",
         ),
         *about(
             "fatal" if refused else "warning",

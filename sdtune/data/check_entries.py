@@ -21,7 +21,8 @@ class Entry:
         load: what training would call for it.
         label: tells it from the others in a report; "" where it is the only one.
         path: its folder on this machine; None for a data set of the Hub.
-        split, image_column, text_column, prompt, role, without: as `load_source` takes them.
+        split, image_column, text_column, prompt, role, without, key: as `load_source` takes them; key is "" for a data
+            set without a recipe.
     """
 
     load: Callable[[], Source]
@@ -33,6 +34,7 @@ class Entry:
     prompt: str | None = None
     role: Role = "instance"
     without: Collection[str] = ()
+    key: str = ""
 
     @property
     def file_key(self) -> str:
