@@ -23,14 +23,17 @@ from sdtune.building import base_place
 from sdtune.checkpoint import could_not_write, write_json, written_aside
 from sdtune.config import resolve_asset
 from sdtune.data.atomic import flush
+from sdtune.data.captions import first_of
 from sdtune.errors import RunError, UsageError, WeightsError
 from sdtune.families import family_class
 from sdtune.families.base import Family
 from sdtune.families.headers import layer_shapes, scheduler_config, unet_config
+from sdtune.families.loading import read_index
 from sdtune.families.original import original_checkpoint
 from sdtune.families.schedulers import adjusted
 from sdtune.families.single_file import FIRST, PICKLES, read_shapes
 from sdtune.file_headers import kind_of, kohya_header, model_header, model_marks
+from sdtune.hub import size
 from sdtune.opening import open_base, open_other_base, open_whole, read_notes
 from sdtune.run_folder import NOTES, weights_folder
 
@@ -106,14 +109,7 @@ class Source:
             WeightsError: there is no LoRA, or it does not fit its base.
         """
         if self.lora is None:
-            raise WeightsError(
-                f"'{self.place}' is a whole model, and this format is for LoRA. Take --format diffusers or "
-                "single-file; or make a LoRA of what it learned: sdtune lora extract --base BASE --tuned MODEL --rank "
-                "16 --out FILE"
-                if self.whole
-                else f"'{self.place}' holds new tokens and no LoRA; take --format diffusers, whose files A1111 and "
-                "ComfyUI read too"
-            )
+            raise WeightsError(self._why_no_lora())
         base = self.base or noted_base(self.notes)
         config = unet_config(base) if base else None
         lora = read_lora(self.lora, config)
@@ -121,6 +117,22 @@ class Source:
         check_fit(lora, shapes, self.lora)
         layers = {name: layer.to(getattr(torch, dtype)) if dtype else layer for name, layer in lora.layers.items()}
         return lora, layers, config
+
+    def _why_no_lora(self) -> str:
+        if self.is_vae:
+            return (
+                f"'{self.place}' is a VAE, and this format is for LoRA. Take --format diffusers, merged or single-file"
+            )
+        if self.whole:
+            return (
+                f"'{self.place}' is a whole model, and this format is for LoRA. Take --format diffusers or "
+                "single-file; or make a LoRA of what it learned: sdtune lora extract --base BASE --tuned MODEL --rank "
+                "16 --out FILE"
+            )
+        return (
+            f"'{self.place}' holds new tokens and no LoRA; take --format diffusers, whose files A1111 and ComfyUI read "
+            "too"
+        )
 
     def scheduler(self) -> dict[str, Any]:
         """scheduler_config.json of what was trained, as far as its base is here."""
@@ -141,7 +153,8 @@ def find_source(place: str, base: str | None = None) -> Source:
     """What a path means: a run, its final/, a checkpoint, a LoRA, a model's folder, file or hub id.
 
     Raises:
-        WeightsError: there is nothing there, or `base` is an adapter. UsageError: `base` is named for a whole model.
+        WeightsError: there is none of these, or `base` is an adapter. HubError: the Hub has no answer.
+        UsageError: `base` is named for a whole model.
     """
     given = Path(resolve_asset(place))
     path = weights_folder(given)
@@ -152,9 +165,23 @@ def find_source(place: str, base: str | None = None) -> Source:
     tokens = [file for file in learned if file.is_file() and is_embedding(file)]
     lora = next((file for file in learned if file not in tokens), None)
     source = Source(str(path) if path.exists() else place, lora, tokens, notes, recipe, base and base_place(base))
-    if base and source.whole and not source.is_vae:
-        raise UsageError(f"--base: '{place}' is a whole model and needs none; leave it out")
+    if source.whole and not source.is_vae:
+        check_whole(place, path)
+        if base:
+            raise UsageError(f"--base: '{place}' is a whole model and needs none; leave it out")
     return source
+
+
+def check_whole(place: str, path: Path) -> None:
+    """Raises WeightsError, or HubError, where a folder or name is no model's; `path` is what `place` means."""
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        found = first_of(sorted(file.name for file in path.iterdir()), 6) or "nothing"
+        raise WeightsError(
+            f"'{place}' is neither a run, a model nor a LoRA (found: {found}); name the folder of a run, a folder with "
+            "model_index.json, or a .safetensors file"
+        )
+    if not path.exists():
+        read_index(place)
 
 
 def _learned(path: Path, notes: Mapping[str, Any]) -> list[Path]:
@@ -408,9 +435,9 @@ def command(
     source = find_source(place, base)
     out = out or Path(own_name(place, kind))
     export(source, kind, out, dtype)
-    size = sum(file.stat().st_size for file in ([out] if out.is_file() else out.rglob("*")) if file.is_file())
+    count = sum(file.stat().st_size for file in ([out] if out.is_file() else out.rglob("*")) if file.is_file())
     if as_json:
-        print(json.dumps({"out": str(out), "format": kind, "bytes": size}))
+        print(json.dumps({"out": str(out), "format": kind, "bytes": count}))
     else:
-        print(f"{out}: {kind}, {size / 1e6:.1f} MB", file=sys.stderr)
+        print(f"{out}: {kind}, {size(count)}", file=sys.stderr)
     return 0

@@ -311,6 +311,9 @@ def test_a_vae(sd: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFix
         StableDiffusion.load(str(sd), vae=str(tmp_path / "vae.safetensors")).modules["vae"],
     ):
         assert all(torch.equal(tensor, trained[key]) for key, tensor in opened.state_dict().items())
+    for kind, name in (("kohya", "no.safetensors"), ("peft", "no")):
+        with pytest.raises(WeightsError, match="is a VAE, .*for LoRA. Take --format diffusers, merged or single-file$"):
+            export(find_source(str(run)), kind, tmp_path / name)
     other = make_sd(tmp_path / "other", seed=1)
     export(find_source(str(run)), "merged", tmp_path / "merged")
     export(find_source(str(run), str(other)), "merged", tmp_path / "elsewhere")
@@ -356,10 +359,13 @@ def test_what_cannot_be_exported_is_told(runs: dict[str, Path], sd: Path, tmp_pa
     for kind, out in (("kohya", "a.safetensors"), ("peft", "a")):
         with pytest.raises(WeightsError, match="is a whole model.*sdtune lora extract"):
             export(find_source(str(runs["full"])), kind, tmp_path / out)
+    (tmp_path / "there" / "0.jpg").touch()
+    with pytest.raises(WeightsError, match=r"is neither a run, a model nor a LoRA \(found: 0.jpg\)"):
+        find_source(str(tmp_path / "there"))
     with pytest.raises(UsageError, match="is a whole model and needs none"):
         find_source(str(runs["full"]), str(sd))
     with pytest.raises(WeightsError, match="does not exist"):
-        export(find_source(str(tmp_path / "nothing")), "merged", tmp_path / "a")
+        find_source(str(tmp_path / "nothing"))
     for options in ({"kind": "onnx"}, {"kind": "kohya", "dtype": "int3"}):
         with pytest.raises(UsageError, match="expected one of"):
             command(str(sd), out=tmp_path / "b", **options)
@@ -371,6 +377,9 @@ def test_the_command(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Captu
     assert command(str(runs["lora"]), "kohya", out, as_json=True) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == {"out": str(out), "format": "kohya", "bytes": out.stat().st_size}
+    assert command(str(runs["lora"]), "diffusers", tmp_path / "folder") == 0
+    size = (tmp_path / "folder" / WEIGHTS_NAME).stat().st_size
+    assert size < 1e6 and capsys.readouterr().err == f"{tmp_path / 'folder'}: diffusers, {size / 1e3:.1f} kB\n"
 
 
 def test_an_export_is_called_as_its_run_unless_told(
