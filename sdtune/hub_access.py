@@ -3,6 +3,7 @@
 Asked once before a download, for the libraries try for half a minute and fill the screen.
 """
 
+import re
 import socket
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +15,7 @@ PATIENCE = 5.0  # seconds
 
 def looks_like_hub_id(name: str) -> bool:
     """Whether a name that is no path on this machine has the form user/name."""
-    parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and "\\" not in name
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]*\w", name, re.ASCII))
 
 
 def hub_fault(repo: str, kind: str = "model") -> str:

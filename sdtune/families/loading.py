@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,17 @@ def read_index(base: str, revision: str | None = None, allow_pickle: bool = Fals
         return read_json(index)
     if not looks_like_hub_id(base):
         raise WeightsError(
-            f"'{base}' does not exist, and is no hub id (user/name). Name a diffusers folder, a hub id, "
+            f"'{base}' does not exist{near(base)}, and is no hub id (user/name). Name a diffusers folder, a hub id, "
             "or 'tiny' for the small model that comes with sdtune"
         )
     return read_json(hub_file(base, "model_index.json", revision))
+
+
+def near(name: str) -> str:
+    """What a missing path may mean, " (did you mean 'runs/rex'?)"; empty where nothing beside it is called alike."""
+    path = Path(name)
+    close = get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
+    return f" (did you mean '{path.with_name(close[0])}'?)" if close else ""
 
 
 def hub_file(repo: str, filename: str, revision: str | None = None) -> Path:
@@ -67,9 +75,9 @@ def require_hub(repo: str) -> None:
     """Raises HubError when a model is not in the cache and the Hub cannot be asked for it."""
     if fault := hub_fault(repo):
         raise HubError(
-            f"'{repo}' is no folder here, is not in this machine's cache, and could not be fetched from the Hub "
-            f"({fault}). On a machine with network: `hf download {repo}`, then copy the folder here and name its path; "
-            "the model `tiny` needs no network"
+            f"'{repo}' is no folder here{near(repo)}, is not in this machine's cache, and could not be fetched from "
+            f"the Hub ({fault}). On a machine with network: `hf download {repo}`, then copy the folder here and name "
+            "its path; the model `tiny` needs no network"
         )
 
 
@@ -78,8 +86,8 @@ def hub_error(repo: str, fault: Exception) -> HubError:
     lines = str(fault).strip().splitlines()
     reason = f"{type(fault).__name__}: {lines[0]}" if lines else type(fault).__name__
     return HubError(
-        f"'{repo}' is no folder here and could not be fetched from the Hub ({reason}). Check the name and the network; "
-        "a gated model needs `hf auth login`"
+        f"'{repo}' is no folder here{near(repo)} and could not be fetched from the Hub ({reason}). Check the name and "
+        "the network; a gated model needs `hf auth login`"
     )
 
 
