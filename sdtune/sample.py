@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sdtune.adapters.tokens import learned_words, strange_words
 from sdtune.data.images import to_float
 from sdtune.diffusion import draws
 from sdtune.errors import RunError, UsageError
@@ -228,6 +229,7 @@ def command(
     prepare()
     device, precision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp16"
     family = open_model(model, *loras, device=device, precision=precision)
+    tell_strange_words(family, [*prompts, negative_prompt])
     levels = family.schedule.levels
     if levels is not None and steps > levels:
         raise UsageError(f"--steps: got {steps}, but this model knows {levels} noise levels; 20 to 50 are usual")
@@ -287,6 +289,16 @@ def picture_size(family: Family, height: int | None, width: int | None) -> tuple
             f"{max(step, size[0] // step * step)} --width {max(step, size[1] // step * step)}"
         )
     return size
+
+
+def tell_strange_words(family: Family, prompts: Sequence[str]) -> None:
+    """Say on stderr which words of the prompts look like learned ones and are not."""
+    if strange := strange_words(family, prompts):
+        print(
+            f"{', '.join(strange)}: no word that this model has learned; it is read as its letters. It has learned "
+            f"{', '.join(learned_words(family)) or 'none'}; others, and LoRAs, come in by --lora FILE",
+            file=sys.stderr,
+        )
 
 
 def lengthen(family: Family, prompts: Sequence[str]) -> None:

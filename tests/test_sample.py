@@ -1,6 +1,7 @@
 """`sdtune sample`: from every kind of name to pictures that depend on prompt and seed alone."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from sdtune.cli import app
@@ -265,6 +267,32 @@ def test_a_hub_id_without_network_is_told(tmp_path: Path) -> None:
         HubError, match="'nobody/nothing' is no folder here.*could not be fetched.*hf download nobody/nothing"
     ):
         command("nobody/nothing", ["dog"], out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["runs/mein Hundd", "runs/rexx"])
+def test_a_misspelt_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ("mein Hund", "rex", "other"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+    with pytest.raises(SdtuneError) as fault:
+        command(name, ["dog"], out=tmp_path / "out")
+    assert f"did you mean '{Path(name[:-1])}'?" in str(fault.value)
+    assert ("hf download" in str(fault.value)) == (" " not in name)  # no hub id has a space
+
+
+def test_words_that_were_never_learned_are_told(
+    sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"<thing>": torch.randn(2, 32)}, tmp_path / "thing.safetensors")
+    for prompt, said in (
+        ("a photo of <thing>, <Thing>, 1 < 2 > 1", ""),
+        ("<thingy> and <thing>", "<thingy>: no word that this model has learned; .* It has learned <thing>; "),
+    ):
+        command(str(sd), [prompt], loras=[str(tmp_path / "thing.safetensors")], out=tmp_path / "out", **QUICK)
+        assert re.match(said or "$", capsys.readouterr().err)
+    command(str(sd), ["dog <lora:rex:0.7>"], negative_prompt="<bad>", out=tmp_path / "out", **QUICK)
+    said = capsys.readouterr().err
+    assert re.match("<lora:rex:0.7>, <bad>: no word .* It has learned none; .*--lora FILE", said)
 
 
 def test_a_full_disk_leaves_no_half_picture(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ A token of several vectors stands in the tokenizer as several, `<cat>`, `<cat>_1
 written, the others follow by themselves (`families.loading.token_ids`). diffusers has it so too.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,28 @@ def first_rows(token: Token, tokenizer: Any, weight: Tensor, seed: int, encoder:
             f"set vectors: {max(1, len(ids))}"
         )
     return weight[[ids[number % len(ids)] for number in range(token.vectors)]].float()
+
+
+def learned_words(family: Family) -> list[str]:
+    """The new tokens that a model knows, each as captions have it: `<cat>`, and not `<cat>_1`."""
+    words = {
+        word: None
+        for tokenizer in family.tokenizers.values()
+        for word in tokenizer.get_added_vocab()
+        if word not in tokenizer.all_special_tokens
+    }
+    return [word for word in words if re.sub(r"_\d+$", "", word) not in words.keys() - {word}]
+
+
+def strange_words(family: Family, prompts: Sequence[str]) -> list[str]:
+    """What looks like a new token in prompts, `<dog>`, and is none that the model knows."""
+    words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"<[^<>\s]+>", prompt))
+    return [word for word in words if any(_reads_letters(each, word) for each in family.tokenizers.values())]
+
+
+def _reads_letters(tokenizer: Any, word: str) -> bool:
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    return set(ids).isdisjoint(tokenizer.get_added_vocab().values())
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
