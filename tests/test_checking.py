@@ -222,6 +222,15 @@ def test_what_to_type_for_pictures_without_a_caption(recipe, photos, capsys):
     assert "data.0.prompt='a photo" in kinds(checked(capsys, two)[1])["no caption"]["do"]
 
 
+def test_the_folder_of_a_run_is_no_data_set(recipe, tmp_path, capsys):
+    run = make_photos(tmp_path / "runs" / "old" / "samples", range(3)).parent
+    for name in ("run.yaml", "environment.json"):
+        (run / name).write_text("{}")
+    for target, changes in ((str(run), []), (recipe(), [f"data.0.path={run}", "data.0.prompt=x"])):
+        code, values = checked(capsys, target, changes)
+        assert code == 1 and "is the folder of a run" in kinds(values)["refused"]["do"] and values["pictures"] == 0
+
+
 def test_every_shipped_recipe_of_the_tiny_model(capsys):
     for name in ("lora_tiny", "dreambooth_lora_tiny"):
         code, values = checked(capsys, name)

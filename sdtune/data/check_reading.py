@@ -16,7 +16,7 @@ from sdtune.data.captions import captions_of
 from sdtune.data.check_entries import Entry
 from sdtune.data.folder import picture_of
 from sdtune.data.layouts import PARQUET, archives
-from sdtune.data.metadata import METADATA_FILES, bad_name, is_picture, leads_out, list_files
+from sdtune.data.metadata import METADATA_FILES, bad_name, is_picture, is_run, leads_out, list_files
 from sdtune.data.parquet import columns_of, pictures_in_parquet
 from sdtune.data.picture import Picture
 from sdtune.data.shards import pictures_in_shard
@@ -89,7 +89,7 @@ def read(entry: Entry) -> Reading:
     except SdtuneError as fault:
         reading.refusal = str(fault)
         _read_archives(reading)
-    if entry.path is not None and entry.path.is_dir():
+    if entry.path is not None and entry.path.is_dir() and not is_run(entry.path):
         in_split = entry.split in splits_of(entry.path, entry.without)
         reading.folder = entry.path / entry.split if in_split else entry.path
         _read_folder(reading, loaded=reading.source is not None)

@@ -19,7 +19,7 @@ METADATA = "metadata.jsonl"
 A_ROW = 'a row such as {"file_name": "rex.jpg", "text": "a dog on a beach"}'
 METADATA_FILES = (METADATA, "metadata.csv", "metadata.parquet")
 DRAWN_BY = "drawn_by.json"  # beside class pictures that a run drew
-MADE_BY_SDTUNE = (("run.yaml", "environment.json"), (DRAWN_BY,))  # files by which folders are known: of a run, or those
+OF_A_RUN = ("run.yaml", "environment.json")  # files by which its folder is known
 PICTURE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
@@ -97,7 +97,12 @@ def list_files(folder: str | Path, without: Collection[str] = ()) -> list[str]:
 
 def is_made_by_sdtune(folder: str) -> bool:
     """Whether a folder is that of a run or of drawn class pictures: no part of a data set that lies around it."""
-    return any(all(os.path.isfile(os.path.join(folder, name)) for name in names) for names in MADE_BY_SDTUNE)
+    return is_run(folder) or os.path.isfile(os.path.join(folder, DRAWN_BY))
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder is that of a run."""
+    return all(os.path.isfile(os.path.join(folder, name)) for name in OF_A_RUN)
 
 
 def is_picture(name: str) -> bool:

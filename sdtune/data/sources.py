@@ -15,13 +15,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
+from sdtune.data.captions import setting
 from sdtune.data.folder import folder_pictures
 from sdtune.data.hub import hub_pictures
 from sdtune.data.layouts import PARQUET, archives
+from sdtune.data.metadata import is_run
 from sdtune.data.parquet import parquet_pictures
 from sdtune.data.picture import Picture
 from sdtune.data.shards import shard_pictures
-from sdtune.errors import HubError
+from sdtune.errors import DataError, HubError
 from sdtune.hub_access import looks_like_hub_id
 
 Role = Literal["instance", "class", "validation"]
@@ -73,13 +75,19 @@ def load_source(
         without: real paths of folders in `path` that are no part of it.
 
     Raises:
-        DataError: no such folder, no pictures, a row without picture, a picture without caption, no such column.
+        DataError: no such folder, or that of a run, no pictures, a row without picture, a picture without caption, no
+            such column.
         HubError: the data set could not be fetched.
     """
     if (path is None) == (hub is None):
         raise ValueError(f"expected either path or hub, got path={path!r} and hub={hub!r}")
     if path is None:
         pictures = hub_pictures(str(hub), split, image_column, text_column, prompt, key)
+    elif is_run(path):
+        raise DataError(
+            f"{path} is the folder of a run, and its pictures are what the model drew; expected pictures to learn from"
+            + (f". Give their folder with: {setting(key, 'path', 'FOLDER')}" if key else ": sdtune check FOLDER")
+        )
     elif not Path(path).exists() and not has_magic(str(path)) and looks_like_hub_id(str(path)):
         try:
             pictures = hub_pictures(str(path), split, image_column, text_column, prompt, key)

@@ -169,7 +169,9 @@ def test_folders_of_runs_and_class_pictures_are_no_part_of_the_folder_around_the
     reading = read(found)
     assert len(reading.pictures) == 2 and not reading.unreferenced and not reading.refusal
     assert len(load_source(path=photos / "drawn").pictures) == 1
-    assert len(load_source(path=photos / "run1", prompt="x").pictures) == 1
+    with pytest.raises(DataError, match=r"run1 is the folder of a run.*drew.*data\.2\.path=FOLDER"):
+        load_source(path=photos / "run1", prompt="x", key="data.2")
+    assert len(load_source(path=photos / "run1" / "samples", prompt="x").pictures) == 1
 
     split = make_folder("split/train", {"a.png": ["x"]}).parent
     make_folder("split/val", {"b.png": ["y"]})
