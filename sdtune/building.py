@@ -20,6 +20,7 @@ from sdtune.adapters.tokens import Token, embedding_files, token_files
 from sdtune.config import DataSource, ModelSettings, Recipe, resolve_asset
 from sdtune.data.batches import Batch, collate
 from sdtune.data.buckets import Buckets, Size, default_step
+from sdtune.data.check_findings import Finding, about
 from sdtune.data.dataset import TrainingSet, validation_examples
 from sdtune.data.examples import Example, Known, nothing_known
 from sdtune.data.picture import MASK
@@ -414,6 +415,20 @@ def check_masks(recipe: Recipe, sources: Sequence[Source]) -> None:
             "is; name one in each row of metadata.jsonl (mask_file_name), put a .mask.png beside each picture of a "
             f"shard, or a column {MASK!r} of pictures into a table, or remove {key}"
         )
+
+
+def unused_masks(recipe: Recipe, sources: Sequence[Source]) -> list[Finding]:
+    """A note on the masks of instance pictures that a denoising run does not read."""
+    if recipe.task != "denoising" or reads_masks(recipe):
+        return []
+    names = [p.name for s in sources if s.role == "instance" for p in s.pictures if p.mask is not None]
+    return about(
+        "note",
+        "unused masks",
+        names,
+        "pictures with a mask that is not used",
+        "to learn less of what is outside of it set objective.outside_mask=0.1; for inpainting images.masks=given",
+    )
 
 
 def make_shown(recipe: Recipe, sources: Sequence[Source], count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,7 +86,7 @@ def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> 
     from sdtune.libraries import prepare
 
     prepare()  # before the next lines import what imports bitsandbytes
-    from sdtune.building import make_buckets, make_source, other_folders, picture_size, reads_masks
+    from sdtune.building import make_buckets, make_source, other_folders, picture_size, reads_masks, unused_masks
     from sdtune.class_pictures import look_into_class_folder
     from sdtune.estimate import disk_findings, estimate, latents_of, recipe_facts
     from sdtune.families import PARTS
@@ -130,7 +130,8 @@ def check_recipe(target: str, overrides: Sequence[str], trigger: str | None) -> 
         watch=watch,
     )
     models = named_models(recipe)
-    more = [*refused, *_doubtful(recipe), *model_findings(models), *_samples_without(recipe, trigger)]
+    masks = unused_masks(recipe, [reading.source for reading in report.readings if reading.source is not None])
+    more = [*refused, *_doubtful(recipe), *masks, *model_findings(models), *_samples_without(recipe, trigger)]
     report = replace(report, findings=worst_first([*report.findings, *more]))
     known = estimate(recipe, report, to_draw)
     report = replace(report, findings=worst_first([*report.findings, *disk_findings(known)]))

@@ -117,6 +117,8 @@ class Run:
         """The training set and the held-out batches."""
         settings = self.recipe.validation
         building.check_masks(self.recipe, sources)
+        for note in building.unused_masks(self.recipe, sources) if distributed.is_main() else ():
+            print(f"{note.level}: {note.count} {note.what}; {note.do}", file=sys.stderr)
         building.check_tokens(self.recipe, sources)
         building.check_classes(self.family, sources)
         self.sources, self.validation = held_out(sources, settings.fraction, self.recipe.train.seed)

@@ -231,6 +231,21 @@ def test_the_folder_of_a_run_is_no_data_set(recipe, tmp_path, capsys):
         assert code == 1 and "is the folder of a run" in kinds(values)["refused"]["do"] and values["pictures"] == 0
 
 
+def test_masks_that_a_recipe_does_not_read_are_told(recipe, photos, capsys):
+    rows = [{"file_name": f"{n}.jpg", "text": "a"} for n in range(6)]
+    for row in rows[:2]:
+        row["mask_file_name"] = f"masks/{row['file_name']}"
+        (photos / "masks").mkdir(exist_ok=True)
+        shutil.copy(photos / row["file_name"], photos / "masks")
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = kinds(checked(capsys, recipe())[1])["unused masks"]
+    assert told["level"] == "note" and told["count"] == 2 and "objective.outside_mask=" in told["do"]
+    assert "unused masks" not in kinds(checked(capsys, recipe(objective={"outside_mask": 0.1}))[1])
+    assert "unused masks" not in kinds(checked(capsys, str(photos))[1])
+    answer = CliRunner().invoke(app, ["train", recipe(), "train.steps=1"])
+    assert answer.exit_code == 0 and "note: 2 pictures with a mask that is not used" in answer.stderr
+
+
 def test_every_shipped_recipe_of_the_tiny_model(capsys):
     for name in ("lora_tiny", "dreambooth_lora_tiny"):
         code, values = checked(capsys, name)
