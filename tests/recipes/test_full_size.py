@@ -57,6 +57,8 @@ def full_size(name: str, out: Path) -> Path:
         source.setdefault("prompt", "a photo of sks dog")
         if source.get("generate"):
             source |= {"generate": 1, "drawing": {"steps": 1}, "path": str(out / "class")}
+    if recipe["adapter"].get("denoiser_from"):
+        recipe["adapter"] |= {"text_encoder_until": 1, "denoiser_from": 1}  # a step for each phase
     if recipe["adapter"]["kind"] == "full":
         recipe["optimizer"]["name"] = "adamw8bit"  # AdamW's state alone would be 8 GB
     file = out / "recipe.yaml"
