@@ -1,9 +1,12 @@
 """For all tests: no network, and a fresh current folder where one is asked for."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from sdtune.libraries import let_in
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before a library reads it: reaching for the Hub fails at once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -54,3 +57,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.factories import make_photos
 
     return make_photos(tmp_path_factory.mktemp("data") / "photos", 5)
+
+@pytest.fixture(autouse=True)
+def libraries_as_they_are() -> Iterator[None]:
+    """A command that was called in a test leaves bitsandbytes out for its process; the next test may need it."""
+    yield
+    let_in("bitsandbytes")
