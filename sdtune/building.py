@@ -218,7 +218,7 @@ def make_adapter(recipe: Recipe) -> Adapter:
 
 def check_tokens(recipe: Recipe, sources: Sequence[Source]) -> None:
     """Raises DataError where a token that shall learn stands in no caption."""
-    captions = [caption for source in sources for picture in source.pictures for caption in picture.captions]
+    captions = all_captions(sources)
     for one in recipe.adapter.tokens or ():
         if not any(one.token.lower() in caption.lower() for caption in captions):
             raise DataError(
@@ -228,10 +228,17 @@ def check_tokens(recipe: Recipe, sources: Sequence[Source]) -> None:
             )
 
 
+def all_captions(sources: Sequence[Source]) -> list[str]:
+    """Every caption of every picture."""
+    return [caption for source in sources for picture in source.pictures for caption in picture.captions]
+
+
 def check_classes(family: Family, sources: Sequence[Source]) -> None:
     """Raises DataError where a caption is none of the classes that the model knows."""
-    captions = [caption for source in sources for picture in source.pictures for caption in picture.captions]
-    unknown = [caption for caption in captions if family.classes and caption not in family.classes]
+    if not family.classes:
+        return
+    captions, known = all_captions(sources), set(family.classes)
+    unknown = [caption for caption in captions if caption not in known]
     if unknown:
         raise DataError(
             f"{len(unknown)} of {len(captions)} captions are no class of the model, the first is '{unknown[0]}'; it "

@@ -9,15 +9,14 @@ from torch import Tensor
 from sdtune.adapters.lora_files import WIDTHS
 from sdtune.errors import WeightsError
 from sdtune.families.base import Family
+from sdtune.families.single_file import PREDICTIONS, V_PRED, ZERO_SNR
 
 ARCHITECTURES = {
     "SD1": "stable-diffusion-v1",
     "SD2": "stable-diffusion-v2",
     "SDXL": "stable-diffusion-xl-v1-base",
 }
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 KOHYA_BASES = {"SD1": "sd_v1", "SD2": "sd_v2", "SDXL": "sdxl_base_v1-0"}
-V_PRED, ZERO_SNR = "v_pred", "ztsnr"  # tensors by which A1111, ComfyUI and Forge know such checkpoints
 
 
 def kind_of(unet: Mapping[str, Any]) -> str | None:

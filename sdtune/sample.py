@@ -146,7 +146,7 @@ def pipeline_pictures(
 
 def encoded(family: Family, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
     """Pictures, uint8 (B, 3, H, W), as scaled latents (B, C, h, w), drawn from their posterior as in training."""
-    coder = family.modules.get("vae", family.modules[family.denoiser])
+    coder = family.modules[family.autoencoder or family.denoiser]
     mean, std = family.encode_images(to_float(pixels.to(coder.device)))
     posterior = torch.stack([draws.normal(mean.shape[1:], seed, "posterior of the beginning") for seed in seeds])
     return mean + std * posterior.to(mean.device)
@@ -154,7 +154,7 @@ def encoded(family: Family, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
 
 def check_thresholding(family: Family, quantile: float | None) -> None:
     """Raises UsageError for dynamic thresholding of latents, of which nobody knows between which bounds they lie."""
-    if quantile is not None and "vae" in family.modules:
+    if quantile is not None and family.autoencoder is not None:
         raise UsageError(
             "dynamic thresholding keeps pixels within [-1, 1], and this model draws latents of a VAE, which have no "
             "such bounds; expected a model of family pixel. Against colours that are too strong, lower --guidance"
@@ -282,7 +282,7 @@ def picture_size(family: Family, height: int | None, width: int | None) -> tuple
     own = family.picture_size()
     size = height or own[0], width or own[1]
     # diffusers' pipelines over latents take multiples of 8 only, whatever the VAE
-    step = math.lcm(8, family.factor) if "vae" in family.modules else family.factor
+    step = math.lcm(8, family.factor) if family.autoencoder is not None else family.factor
     if any(side % step for side in size):
         raise UsageError(
             f"--height, --width: got {size[0]} x {size[1]}; expected multiples of {step}, such as --height "

@@ -13,7 +13,7 @@ from sdtune.diffusion.ve import Schedule, VarianceExploding, read_schedule
 from sdtune.errors import UsageError, WeightsError
 from sdtune.families import PARTS, fingerprints
 from sdtune.families.base import Conditioning
-from sdtune.families.loading import freeze, hub_file, make_network, open_network, read_index, read_json
+from sdtune.families.loading import freeze, make_network, open_network, read_index, read_json, read_settings
 from sdtune.families.saving import save_network
 from sdtune.families.schedulers import SAMPLER, scheduler_class
 from sdtune.models import DENOISERS, denoiser_class
@@ -65,9 +65,7 @@ class Pixel:
             )
         config = cls.read_config("denoiser", base, revision)
         network = open_network(network_class(config), base, "denoiser", revision=revision)
-        name = "scheduler/scheduler_config.json"
-        place = Path(base) / name if Path(base).is_dir() else hub_file(base, name, revision)
-        return cls({"denoiser": network}, read_json(place))
+        return cls({"denoiser": network}, read_settings(base, "scheduler", "scheduler_config.json", revision))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, seed: int, **options: Any) -> "Pixel":
@@ -89,8 +87,7 @@ class Pixel:
     @classmethod
     def read_config(cls, part: str, base: str, revision: str | None = None, allow_pickle: bool = False) -> Any:
         """config.json of one part of a base, a folder or hub id."""
-        name = f"{part}/config.json"
-        return read_json(Path(base) / name if Path(base).is_dir() else hub_file(base, name, revision))
+        return read_settings(base, part, "config.json", revision)
 
     @classmethod
     def build(cls, part: str, config: Mapping[str, Any]) -> Any:

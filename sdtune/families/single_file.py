@@ -23,6 +23,8 @@ NAMES = {"SD1": "Stable Diffusion 1.x", "SD2": "Stable Diffusion 2.x", "SDXL": "
 TOKENIZER = ASSETS / "sd1" / "tokenizer"  # its words are those of all three
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"  # the UNet's first layer, (320, C, 3, 3)
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # prediction_type, and what a header calls it
+V_PRED, ZERO_SNR = "v_pred", "ztsnr"  # tensors by which A1111, ComfyUI and Forge know a checkpoint
 VAE_MARKS = ("decoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
 
 EXPECTED = (
@@ -176,10 +178,11 @@ def read_prediction(file: Path) -> dict[str, Any]:
 
     with safe_open(file, "pt") as opened:
         names, said = set(opened.keys()), (opened.metadata() or {}).get("modelspec.prediction_type")
-    said = "v" if "v_pred" in names else said
-    known = {"epsilon": "epsilon", "v": "v_prediction"}
+    said = PREDICTIONS["v_prediction"] if V_PRED in names else said
+    known = {name: kind for kind, name in PREDICTIONS.items()}
     found: dict[str, Any] = {"prediction_type": known[said]} if said in known else {}
-    return found | ({"rescale_betas_zero_snr": True} | SAMPLER if said == "v" and "ztsnr" in names else {})
+    ends_in_noise = said == PREDICTIONS["v_prediction"] and ZERO_SNR in names
+    return found | ({"rescale_betas_zero_snr": True} | SAMPLER if ends_in_noise else {})
 
 
 def _network(kind: Any, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
