@@ -46,8 +46,26 @@ def agreement(
     network: Classifier, names: Sequence[str], pictures: Sequence[Image.Image], asked: Sequence[str]
 ) -> float:
     """Share of the pictures in which the classifier reads what was asked for."""
+    right = is_right(network, names, pictures, asked)
+    return sum(right) / len(right)
+
+
+def is_right(
+    network: Classifier, names: Sequence[str], pictures: Sequence[Image.Image], asked: Sequence[str]
+) -> list[bool]:
+    """For each picture, whether the classifier reads what was asked for."""
     found = [names[number] for number in read(network, as_input(pictures)).tolist()]
-    return sum(a == b for a, b in zip(found, asked, strict=True)) / len(asked)
+    return [a == b for a, b in zip(found, asked, strict=True)]
+
+
+def by_class(
+    network: Classifier, names: Sequence[str], pictures: Sequence[Image.Image], asked: Sequence[str]
+) -> dict[str, float]:
+    """The same share for each class that was asked for."""
+    right: dict[str, list[bool]] = {}
+    for name, found in zip(asked, is_right(network, names, pictures, asked), strict=True):
+        right.setdefault(name, []).append(found)
+    return {name: round(sum(of) / len(of), 3) for name, of in right.items()}
 
 
 def grid(pictures: Sequence[Image.Image], columns: int, rows: int = ROWS) -> Image.Image:
@@ -80,9 +98,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         options = {"steps": settings.steps, "guidance": guidance, "sampler": settings.sampler}
         pictures, asked = draw(family, settings.count, **options)
         share = agreement(network, names, pictures, asked)
-        results.append(options | {"agreement": round(share, 4), "seconds": round(time.perf_counter() - began)})
+        seconds = round(time.perf_counter() - began)
+        each = by_class(network, names, pictures, asked)
+        results.append(options | {"agreement": round(share, 4), "each": each, "seconds": seconds})
         grid(pictures, len(names)).save(settings.out / f"guidance-{guidance:g}.png", optimize=True)
-        print(f"guidance {guidance:g}: {share:.1%} of {settings.count} read as asked")
+        least = min(each, key=lambda name: each[name])
+        print(f"guidance {guidance:g}: {share:.1%} of {settings.count} read as asked; least {least}: {each[least]:.0%}")
     whole = {"model": settings.model, "count": settings.count, "results": results}
     print(json.dumps(whole))
     return whole

@@ -28,7 +28,7 @@ from typing import Any
 
 import pyarrow.parquet
 import torch
-from class_agreement import agreement, draw, grid
+from class_agreement import agreement, by_class, draw, grid
 from classifier import as_input, open_classifier
 from PIL import Image, ImageDraw
 from tiny_base import Classifier as Features
@@ -113,11 +113,12 @@ class Judge:
         pixels = (as_input(pictures) * 255).byte().expand(-1, 3, -1, -1)  # (N, 3, 28, 28)
         return self.features(pixels.permute(0, 2, 3, 1).numpy())
 
-    def __call__(self, pictures: Sequence[Image.Image], asked: Sequence[str]) -> dict[str, float | None]:
-        """Agreement and distance."""
+    def __call__(self, pictures: Sequence[Image.Image], asked: Sequence[str]) -> dict[str, Any]:
+        """Agreement, as a whole and of each class, and distance."""
         share = agreement(self.network, self.names, pictures, asked)
+        each = by_class(self.network, self.names, pictures, asked)
         distance = None if self.features is None else round(frechet(self.describe(pictures), self.unseen), 2)
-        return {"agreement": round(share, 3), "distance": distance}
+        return {"agreement": round(share, 3), "least": min(each.values()), "each": each, "distance": distance}
 
     def real(self) -> dict[str, Any]:
         """What real pictures reach: others of the same data set, in place of drawn ones."""
@@ -179,7 +180,9 @@ def sheet(results: Sequence[dict[str, Any]], out: Path) -> None:
 
 def show(results: Sequence[dict[str, Any]]) -> None:
     """The table."""
-    columns = ("network", "channels", "parameters", "steps", "core_seconds", "ms_a_picture", "agreement", "distance")
+    columns = (
+        "network", "channels", "parameters", "steps", "core_seconds", "ms_a_picture", "agreement", "least", "distance",
+    )  # fmt: skip
     print(" | ".join(columns))
     for result in results:
         print(" | ".join(str(result.get(column, "")) for column in columns))
