@@ -44,6 +44,22 @@ def test_the_kernels_agree(bias: tuple[int, ...] | None, stand_in: None) -> None
     assert torch.allclose(attend(q, k, v, heads=3, bias=added, kernel=xformers), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_few_tokens_in_bfloat16_are_computed_in_float32_on_a_cpu(autocast: bool, masked: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, tokens, 64).bfloat16().requires_grad_() for tokens in (64, 32, 32))
+    bias = torch.randn(4, 1, 1, 32).bfloat16() if masked else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        answer = attend(q, k, v, heads=2, bias=bias)
+    precise = attend(q.float(), k.float(), v.float(), heads=2, bias=None if bias is None else bias.float())
+    assert answer.dtype == torch.bfloat16 and torch.equal(answer, precise.bfloat16())
+    weights = torch.randn_like(precise).bfloat16()
+    found = torch.autograd.grad(answer, (q, k, v), weights)
+    expected = torch.autograd.grad(precise, (q, k, v), weights.float())
+    assert all(map(torch.equal, found, expected))
+
+
 def inputs() -> dict[str, Any]:
     torch.manual_seed(1)
     text, mask = torch.randn(2, 5, 32), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
