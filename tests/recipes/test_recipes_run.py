@@ -59,7 +59,7 @@ def make_base(folder: Path, recipe: Recipe) -> Path:
     return folder
 
 
-def make_part(folder: Path, part: str) -> None:
+def make_part(folder: Path, part: str, latents: int) -> None:
     """What a part of `from_config` names by its place: a text encoder, a tokenizer, the VAE of the recipe before."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
@@ -67,13 +67,20 @@ def make_part(folder: Path, part: str) -> None:
     if part == "vae":
         made = [load(path) for path in RECIPES if path.stem.endswith("_vae")]
         before = [recipe.model.from_config for recipe in made if Path(recipe.output.dir) in folder.parents]
-        AutoencoderKL(**before[0]["vae"] if before and before[0] else VAE).save_pretrained(folder)  # type: ignore[arg-type]
+        own = before[0]["vae"] if before and before[0] else VAE | {"latent_channels": latents}
+        AutoencoderKL(**own).save_pretrained(folder)  # type: ignore[arg-type]
     elif re.search("bert|minilm", str(folder)):
         make_bert(folder)
     elif part == "text_encoder":
         CLIPTextModel(text_config(make_tokenizer())).save_pretrained(folder)
     else:
         make_tokenizer().save_pretrained(folder)
+
+
+def latents_of(recipe: Recipe) -> int:
+    """Channels of the latents that the recipe's UNet takes."""
+    unet = (recipe.model.from_config or {}).get("unet", {})
+    return unet.get("in_channels", 4) if isinstance(unet, dict) else 4
 
 
 def make_source(source: DataSource, masks: bool, classes: Sequence[str] = ()) -> None:
@@ -107,7 +114,7 @@ def small(path: Path) -> Recipe:
         changes |= {"adapter.text_encoder_until": 1, "adapter.denoiser_from": 1}
     for part, value in (recipe.model.from_config or {}).items():
         if isinstance(value, str):
-            make_part(Path(value), part)
+            make_part(Path(value), part, latents_of(recipe))
         elif max(widths := value.get("block_out_channels", [0])) > 256:
             changes[f"model.from_config.{part}.block_out_channels"] = [32 for _ in widths]
     if recipe.train.compile:
