@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdtune.diffusion.schedule import Prediction
-from sdtune.diffusion.ve import Schedule, VarianceExploding, score_loss
+from sdtune.diffusion.ve import Schedule
 
 Loss = Literal["l2", "l1", "huber"]
 
@@ -61,11 +61,11 @@ def denoising_loss(
 
     Args:
         predict: the network with its conditioning bound: (x_t, t) -> epsilon, v, x0 or score, as
-            `schedule.prediction` says. Of a score `score_loss` is the error, and `objective` and `mask` are not read.
+            `schedule.prediction` says.
         x0: clean latents, shape (B, C, H, W).
         eps: the noise that is asked for, of the same shape.
         t: timesteps of the schedule, shape (B,).
-        schedule: noise levels, and what the network predicts.
+        schedule: noise levels, what the network predicts, and how much its error weighs at each.
         objective: how the answer is judged.
         shown: the noise that the network sees (see `perturb`); None: `eps`.
         mask: in [0, 1], 1 where the error counts in full, shape (B, 1, H, W); None: everywhere.
@@ -77,19 +77,17 @@ def denoising_loss(
     """
     x_t = schedule.add_noise(x0, eps if shown is None else shown, t)  # (B, C, H, W)
     answer = predict(x_t, t).float()
-    if isinstance(schedule, VarianceExploding):
-        return score_loss(answer, eps, schedule.std(t))
     target = schedule.target(x0, eps, t).float()
     error = elementwise_error(answer, target, objective.loss, objective.huber_delta)  # (B, C, H, W)
     if mask is None or objective.outside_mask is None:
         loss = error.flatten(1).mean(dim=1)  # (B,)
     else:
         loss = masked_mean(error, mask.to(error.device), objective.outside_mask)
-    alpha_bar = schedule.alpha_bar.to(t.device)[t]  # (B,)
+    loss = loss * schedule.weight(x0, t)
     if objective.snr_gamma is not None:
-        return loss * min_snr_weight(alpha_bar, objective.snr_gamma, schedule.prediction).to(loss.device)
+        return loss * min_snr_weight(schedule.signal(t), objective.snr_gamma, schedule.prediction).to(loss.device)
     if objective.debiased:
-        return loss * debiased_weight(alpha_bar, schedule.prediction).to(loss.device)
+        return loss * debiased_weight(schedule.signal(t), schedule.prediction).to(loss.device)
     return loss
 
 

@@ -6,7 +6,7 @@ Only training needs this file; samples are drawn by diffusers' schedulers, from 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -72,9 +72,22 @@ class NoiseSchedule:
         """The timestep that a number in [0, 1) stands for."""
         return int(u * len(self))
 
-    def fraction(self, t: Tensor) -> Tensor:
-        """Where in [0, 1) timesteps lie, float32, (B,), for networks that count time so."""
-        return t / len(self)
+    def answer(self, network: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor) -> Tensor:
+        """What a network that counts time from 0 to 1 says of x_t: its answer as it stands.
+
+        Args:
+            network: (x_t (B, ...), time in [0, 1), float32, (B,)) -> (B, ...).
+            x_t: noisy latents, (B, ...). t: timesteps, (B,).
+        """
+        return network(x_t, t / len(self))
+
+    def signal(self, t: Tensor) -> Tensor:
+        """alpha_bar at timesteps (B,), of the same shape."""
+        return self.alpha_bar.to(t.device)[t]
+
+    def weight(self, x0: Tensor, t: Tensor) -> Tensor:
+        """Of the mean squared error of what the network predicts, one a sample, (B,): 1."""
+        return torch.ones(len(t), device=x0.device)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t, the noisy latents at timesteps `t`.

@@ -27,7 +27,7 @@ class VarianceExploding:
 
     Attributes:
         sigma: how fast the noise grows; 25 for pictures of 28 px. Above 1.
-        data_std: deviation of the pixels of clean pictures, for preconditioning (`score`); None: without.
+        data_std: deviation of the pixels of clean pictures, for preconditioning (`answer`); None: without.
     """
 
     sigma: float = 25.0
@@ -42,10 +42,6 @@ class VarianceExploding:
     def time(self, u: float) -> float:
         """The time that a number in [0, 1) stands for."""
         return FIRST + (1 - FIRST) * u
-
-    def fraction(self, t: Tensor) -> Tensor:
-        """Where in [0, 1] times lie, (B,): times are such fractions themselves."""
-        return t
 
     def std(self, t: Tensor) -> Tensor:
         """Deviation of the noise at times (B,), of the same shape."""
@@ -71,10 +67,10 @@ class VarianceExploding:
         """
         return (x0 + like(self.std(t), x0) * eps).to(x0.dtype)
 
-    def score(self, network: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor) -> Tensor:
+    def answer(self, network: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor) -> Tensor:
         """The score, from what a network answers.
 
-        That is the answer over std(t), for scores grow as noise shrinks. With `data_std` the network sees noisy
+        That is its answer over std(t), for scores grow as noise shrinks. With `data_std` the network sees noisy
         pictures scaled to deviation 1, and adds to the best guess that is linear in x_t: so it need not learn to pass
         the noise on where there is little else.
 
@@ -93,6 +89,19 @@ class VarianceExploding:
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The score of `add_noise(x0, eps, t)` given x0: -eps / std(t)."""
         return -eps / like(self.std(t), eps)
+
+    def signal(self, t: Tensor) -> Tensor:
+        """alpha_bar of the variance preserving process with as much signal for its noise, at times (B,)."""
+        return 1 / (1 + self.std(t) ** 2)
+
+    def weight(self, x0: Tensor, t: Tensor) -> Tensor:
+        """Of the mean squared error of the score, one a sample, (B,): std(t)^2 times the number of pixels.
+
+        So the loss is the sum over the pixels of (score * std + eps)^2, and an answer of 0 costs about their number.
+
+        Source: Song et al. 2021, as above, eq. 7 with lambda(t) = std(t)^2.
+        """
+        return (x0[0].numel() * self.std(t) ** 2).to(x0.device)
 
 
 Schedule = NoiseSchedule | VarianceExploding
@@ -113,23 +122,6 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
     if data_std is not None and not (isinstance(data_std, (int, float)) and data_std > 0):
         raise WeightsError(f"the scheduler's configuration has data_std = {data_std!r}; expected a number above 0")
     return VarianceExploding(float(sigma), data_std)
-
-
-def score_loss(score: Tensor, eps: Tensor, std: Tensor) -> Tensor:
-    """Denoising score matching, one a sample: the sum over the pixels of (score * std + eps)^2.
-
-    Args:
-        score: the network's answer, shape (B, ...).
-        eps: the noise that was added, of the same shape.
-        std: its deviation, shape (B,).
-
-    Returns:
-        Losses of shape (B,), float32. A network that answers 0 scores about the number of pixels.
-
-    Source: Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential Equations", eq. 7, with
-    lambda(t) = std(t)^2.
-    """
-    return (score.float() * like(std, score) + eps).square().flatten(1).sum(dim=1)
 
 
 def like(values: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdtune.diffusion.schedule import Prediction
-from sdtune.diffusion.ve import Schedule, VarianceExploding, read_schedule
+from sdtune.diffusion.ve import Schedule, read_schedule
 from sdtune.errors import UsageError, WeightsError
 from sdtune.families import PARTS, fingerprints
 from sdtune.families.base import Conditioning
@@ -175,14 +175,13 @@ class Pixel:
         return conditioning
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's answer, (B, C, H, W); of a score model the score (`VarianceExploding.score`)."""
-        schedule = self.schedule
-        labels = conditioning.text if self.classes else None
+        """What the schedule makes of the network's answer, (B, C, H, W), in the type of x_t."""
+        network, labels = self.modules["denoiser"], conditioning.text if self.classes else None
 
         def answer(x_t: Tensor, t: Tensor) -> Tensor:
-            return self.modules["denoiser"](x_t, schedule.fraction(t), labels)
+            return network(x_t.to(network.dtype), t, labels).to(x_t.dtype)
 
-        return schedule.score(answer, x_t, t) if isinstance(schedule, VarianceExploding) else answer(x_t, t)
+        return self.schedule.answer(answer, x_t, t)
 
     # --- handing it on ----------------------------------------------------------------------------------------------
 

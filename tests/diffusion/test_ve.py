@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdtune.diffusion.objectives import denoising_loss
 from sdtune.diffusion.schedule import NoiseSchedule, Prediction
-from sdtune.diffusion.ve import VarianceExploding, read_schedule, score_loss
+from sdtune.diffusion.ve import VarianceExploding, read_schedule
 from sdtune.diffusion.ve_sampling import VE_SAMPLERS, calls
 from sdtune.errors import WeightsError
 
@@ -31,6 +31,8 @@ def test_noise_is_added_to_the_picture_as_it_is() -> None:
     std = SCHEDULE.std(t).view(2, 1, 1, 1)
     torch.testing.assert_close(SCHEDULE.add_noise(x0, eps, t), x0 + std * eps)
     torch.testing.assert_close(SCHEDULE.target(x0, eps, t), -eps / std)
+    signal = SCHEDULE.signal(t)
+    torch.testing.assert_close(signal / (1 - signal), 1 / SCHEDULE.std(t) ** 2)
 
 
 def test_times_cover_the_interval() -> None:
@@ -38,7 +40,8 @@ def test_times_cover_the_interval() -> None:
     assert SCHEDULE.time(0.5) == pytest.approx(0.5, abs=1e-5)
     discrete = NoiseSchedule(torch.linspace(1, 0, 10))
     assert [discrete.time(u) for u in (0.0, 0.1, 0.95)] == [0, 1, 9]
-    torch.testing.assert_close(discrete.fraction(torch.tensor([0, 5])), torch.tensor([0.0, 0.5]))
+    seen = discrete.answer(lambda x_t, t: t, torch.zeros(2, 1), torch.tensor([0, 5]))
+    torch.testing.assert_close(seen, torch.tensor([0.0, 0.5]))
 
 
 def test_an_answer_of_zero_scores_the_number_of_pixels() -> None:
@@ -48,7 +51,7 @@ def test_an_answer_of_zero_scores_the_number_of_pixels() -> None:
     assert loss.shape == (500,) and loss.mean().item() == pytest.approx(784, rel=0.01)
     exact = denoising_loss(lambda x_t, t: SCHEDULE.target(x0, eps, t), x0, eps, t, SCHEDULE)
     torch.testing.assert_close(exact, torch.zeros(500), atol=1e-6, rtol=0)
-    half = score_loss(SCHEDULE.target(x0, eps, t) / 2, eps, SCHEDULE.std(t))
+    half = denoising_loss(lambda x_t, t: SCHEDULE.target(x0, eps, t) / 2, x0, eps, t, SCHEDULE)
     torch.testing.assert_close(half, (eps / 2).square().sum(dim=(1, 2, 3)))
 
 
@@ -129,7 +132,7 @@ def test_preconditioned_an_answer_of_zero_is_the_score_of_gaussian_pixels() -> N
     schedule = VarianceExploding(25.0, data_std=0.3)
     x_t, t = torch.randn(3, 1, 4, 4), torch.tensor([0.01, 0.3, 1.0])
     variance = (schedule.std(t) ** 2 + 0.3**2).view(3, 1, 1, 1)  # of x_t, if x0 is normal with deviation 0.3
-    nothing = schedule.score(lambda x_t, t: torch.zeros_like(x_t), x_t, t)
+    nothing = schedule.answer(lambda x_t, t: torch.zeros_like(x_t), x_t, t)
     torch.testing.assert_close(nothing, -x_t / variance)
 
 
@@ -139,12 +142,12 @@ def test_preconditioned_the_network_sees_and_owes_numbers_of_deviation_one() -> 
     for time in (1e-3, 0.1, 0.5, 1.0):
         x0, eps, t = 0.3 * torch.randn(200, 1, 8, 8), torch.randn(200, 1, 8, 8), torch.full((200,), time)
         x_t, seen = schedule.add_noise(x0, eps, t), []
-        offset = schedule.score(lambda x, t: seen.append(x) or torch.zeros_like(x), x_t, t)  # noqa: B023
-        slope = schedule.score(lambda x, t: torch.ones_like(x), x_t, t) - offset
+        offset = schedule.answer(lambda x, t: seen.append(x) or torch.zeros_like(x), x_t, t)  # noqa: B023
+        slope = schedule.answer(lambda x, t: torch.ones_like(x), x_t, t) - offset
         owed = (schedule.target(x0, eps, t) - offset) / slope
         assert seen[0].std().item() == pytest.approx(1.0, rel=0.02)
         assert owed.std().item() == pytest.approx(1.0, rel=0.02)
-        torch.testing.assert_close(schedule.score(lambda x, t: owed, x_t, t), schedule.target(x0, eps, t))  # noqa: B023
+        torch.testing.assert_close(schedule.answer(lambda x, t: owed, x_t, t), schedule.target(x0, eps, t))  # noqa: B023
 
 
 def test_a_deviation_of_the_pixels_that_cannot_be_is_refused() -> None:
