@@ -60,6 +60,7 @@ class PixelPipeline(DiffusionPipeline):
         def noise() -> Tensor:
             return randn_tensor(latents.shape, list(generator), latents.device, latents.dtype)
 
+        latents = latents.float()  # the steps are, whatever the network's type
         if isinstance(self.scheduler, ScoreSampler):
             x = self.draw_score(answer, noise, latents, num_inference_steps)
         else:

@@ -122,7 +122,7 @@ class ScoreConcat(ModelMixin, ConfigMixin):  # type: ignore[misc]
             t: time in [0, 1], (B,).
             labels: class numbers, int64, (B,); the number of classes, or None for all, stands for no class.
         """
-        told = [self.features_to_embedding(self.features(t))]
+        told = [self.features_to_embedding(self.features(t).to(x_t.dtype))]
         if self.label is not None:
             told.append(self.label(labels, t))
         tokens = torch.stack(told, dim=1)  # (B, 1 or 2, embedding)
