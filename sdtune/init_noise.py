@@ -128,12 +128,13 @@ def token_positions(family: Family, prompt: str, subject: str) -> list[int]:
     """
     encoder = family.modules[family.text_encoders[0]]
     name = family.text_encoders[0].replace("text_encoder", "tokenizer")
-    ids, wanted = token_ids(family.tokenizers[name], [prompt, subject])
     before, width = tokens_before(family), length_of(encoder)  # of a chunk
     inside = width - before - 1  # one token is behind
-    for begin in range(len(ids) - len(wanted) + 1):
-        if wanted and ids[begin : begin + len(wanted)] == wanted:
-            return [i // inside * width + before + i % inside for i in range(begin, begin + len(wanted))]
+    words = r"\s+".join(map(re.escape, subject.split()))
+    if found := re.search(rf"(?<!\w){words}(?!\w)", prompt, re.IGNORECASE) if words else None:  # not within a word
+        parts = [prompt[: found.start()].rstrip(), prompt[: found.end()]]
+        begin, end = map(len, token_ids(family.tokenizers[name], parts))
+        return [i // inside * width + before + i % inside for i in range(begin, end)]
     raise UsageError(f"--subjects: '{subject}' is not in the prompt '{prompt}'; expected words as they stand there")
 
 

@@ -47,6 +47,8 @@ def test_their_tokens_stand_where_the_text_encoder_has_them() -> None:
     family = StableDiffusion.load(resolve_asset("tiny"), parts=["tokenizer", "text_encoder"])
     assert token_positions(family, "a red apple and a dog", "red apple") == [2, 3]
     assert token_positions(family, "a red apple and a dog", "dog") == [6]
+    assert token_positions(family, "a goldfish and a Fish", "fish") == [7]  # not the end of gol d fish
+    assert token_positions(family, "two  red\tapples, red apple", "red apple") == [7, 8]
     family.max_tokens = 150
     far = "a " * 30 + "dog"  # 30 tokens fit into a chunk of 32
     assert token_positions(family, far, "dog") == [32 + 1]
