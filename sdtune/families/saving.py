@@ -14,11 +14,19 @@ def save_network(network: Any, folder: Path, dtype: str | None = None) -> None:
         folder: made when missing.
         dtype: "float16", "bfloat16", "float32", or None for the network's own.
     """
-    kept = network if dtype is None else copy.deepcopy(network).to(getattr(torch, dtype))
+    kept = network if dtype is None else rounded(network, getattr(torch, dtype))
     if is_clip(network):
         save_text_encoder(kept, folder)
     else:
         kept.save_pretrained(folder)
+
+
+def rounded(network: Any, dtype: torch.dtype) -> Any:
+    """A copy with its weights in that type; buffers stay, such as the frequencies of Fourier features, up to 100."""
+    kept = copy.deepcopy(network)
+    for parameter in kept.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return kept
 
 
 def is_clip(network: Any) -> bool:
