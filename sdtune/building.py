@@ -132,11 +132,21 @@ def open_facts(notes: Mapping[str, Any]) -> Family:
 
 
 def check_size(family: Family, height: int, width: int) -> None:
-    """Raises UsageError where a picture of that size has no whole number of latents."""
+    """Raises UsageError where a picture of that size is too small, or has no whole number of latents."""
+    check_smallest(family, height, width, "images.resolution")
     if height % family.factor or width % family.factor:
         raise UsageError(
             f"images.resolution: got {height} x {width}, but a latent of this VAE stands for {family.factor} x "
             f"{family.factor} pixels; expected multiples of {family.factor}"
+        )
+
+
+def check_smallest(family: Family, height: int, width: int, key: str) -> None:
+    """Raises UsageError, which names `key`, where a picture of that size is too small for the network."""
+    if min(height, width) < family.smallest:
+        raise UsageError(
+            f"{key}: got {height} x {width}, but this network halves its pictures; expected sides of "
+            f"{family.smallest} or more"
         )
 
 

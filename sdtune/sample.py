@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sdtune.adapters.tokens import learned_words, strange_words
+from sdtune.building import check_smallest
 from sdtune.data.images import to_float
 from sdtune.diffusion import draws
 from sdtune.errors import RunError, UsageError
@@ -281,6 +282,7 @@ def picture_size(family: Family, height: int | None, width: int | None) -> tuple
     """The size asked for, or the model's own. Raises UsageError for one that the model cannot draw."""
     own = family.picture_size()
     size = height or own[0], width or own[1]
+    check_smallest(family, *size, "--height, --width")
     # diffusers' pipelines over latents take multiples of 8 only, whatever the VAE
     step = math.lcm(8, family.factor) if family.autoencoder is not None else family.factor
     if any(side % step for side in size):

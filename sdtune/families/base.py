@@ -44,6 +44,7 @@ class Family(Protocol):
     text_encoders: tuple[str, ...]
     parts: tuple[str, ...]  # of a pipeline folder, and of from_config
     factor: int  # how many pixels lie along the side of a latent
+    smallest: int  # side of a picture that it can take, in pixels
     pipeline_names: tuple[str, ...]  # the diffusers pipelines that it opens, as model_index.json names them
     schedule: Schedule
     scheduler: dict[str, Any]  # scheduler_config.json

@@ -63,12 +63,17 @@ def hub_file(repo: str, filename: str, revision: str | None = None) -> Path:
 def vae_subfolder(place: str) -> str | None:
     """Where the VAE lies in a folder or hub model: in vae/, as in a pipeline, or, as None tells, at the top."""
     if Path(place).is_dir():
-        return "vae" if (Path(place) / "vae").is_dir() else None
+        return part_folder(place, "vae")
     try:
         hub_file(place, "vae/config.json")
     except HubError:
         return None
     return "vae"
+
+
+def part_folder(place: str, part: str) -> str | None:
+    """Where a part lies that a recipe names by its place: in a folder of that name, or, as None tells, at the top."""
+    return part if (Path(place) / part).is_dir() else None
 
 
 def require_hub(repo: str) -> None:

@@ -13,9 +13,9 @@ from sdtune.diffusion.ve import Schedule, read_schedule
 from sdtune.errors import UsageError, WeightsError
 from sdtune.families import PARTS, fingerprints
 from sdtune.families.base import Conditioning
-from sdtune.families.loading import freeze, make_network, open_network, read_index, read_json, read_settings
+from sdtune.families.loading import freeze, make_network, open_network, part_folder, read_index, read_settings
 from sdtune.families.saving import save_network
-from sdtune.families.schedulers import SAMPLER, scheduler_class
+from sdtune.families.schedulers import own_sampler, scheduler_class
 from sdtune.models import DENOISERS, denoiser_class
 from sdtune.models.config import each
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 GREY = (0.299, 0.587, 0.114)  # how bright red, green and blue are; ITU-R BT.601
-SCORE_SAMPLER = {"_class_name": "ScoreSampler", "method": "probability-flow"}  # as SAMPLER, of score models
 
 
 class Pixel:
@@ -69,20 +68,19 @@ class Pixel:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, seed: int, **options: Any) -> "Pixel":
-        """A network from scratch, or with `denoiser` as text one from a folder; see `Family.from_config`."""
+        """A network from scratch, or with `denoiser` as text that of a folder or hub id; see `Family.from_config`."""
         refuse(options)
         denoiser, scheduler = config["denoiser"], config["scheduler"]
         if isinstance(scheduler, str):
-            scheduler = read_json(Path(scheduler) / "scheduler_config.json")
+            scheduler = read_settings(scheduler, part_folder(scheduler, "scheduler"), "scheduler_config.json")
         if isinstance(denoiser, str):
-            subfolder = "denoiser" if (Path(denoiser) / "denoiser").is_dir() else None
-            own = read_json(Path(denoiser) / (subfolder or "") / "config.json")
+            subfolder = part_folder(denoiser, "denoiser")
+            own = read_settings(denoiser, subfolder, "config.json")
             network = open_network(network_class(own), denoiser, subfolder)
         else:
             settings = {key: value for key, value in denoiser.items() if key != "kind"}
             network = make_network(network_class(denoiser), settings, seed, "denoiser")
-        sampler = SCORE_SAMPLER if scheduler.get("prediction_type") == Prediction.SCORE.value else SAMPLER
-        return cls({"denoiser": network}, sampler | scheduler)
+        return cls({"denoiser": network}, own_sampler(scheduler.get("prediction_type", "epsilon")) | scheduler)
 
     @classmethod
     def read_config(cls, part: str, base: str, revision: str | None = None, allow_pickle: bool = False) -> Any:
@@ -115,6 +113,11 @@ class Pixel:
         """Height and width, in pixels, of the pictures that the model was made for."""
         height, width = each(self.modules["denoiser"].config.size, 2)
         return height, width
+
+    @property
+    def smallest(self) -> int:
+        """See `Family.smallest`: what the network is still left with after its last halving."""
+        return getattr(self.modules["denoiser"], "smallest", 1)
 
     def note_size(self, height: int, width: int) -> None:
         """See `Family.note_size`: the network always says one."""

@@ -18,6 +18,12 @@ SAMPLER = {
     "steps_offset": 1,  # not read under trailing spacing, but pipelines warn of any other value
     "timestep_spacing": "trailing",
 }
+SCORE_SAMPLER = {"_class_name": "ScoreSampler", "method": "probability-flow"}  # the same of score models
+
+
+def own_sampler(prediction: str) -> dict[str, Any]:
+    """What a model without a sampler draws with, by what it predicts."""
+    return SCORE_SAMPLER if prediction == "ve_score" else SAMPLER
 
 
 def make_sampler(
@@ -162,7 +168,8 @@ def can_draw(config: Mapping[str, Any]) -> bool:
 def adjusted(scheduler: Mapping[str, Any], prediction: str = "auto", zero_terminal_snr: bool = False) -> dict[str, Any]:
     """A `scheduler_config.json` for another prediction or an ending in pure noise; the betas stay.
 
-    For x0 and zero terminal SNR the sampler becomes DDIM with trailing spacing: not every other knows them.
+    For x0 and zero terminal SNR the sampler becomes DDIM with trailing spacing: not every other knows them. What
+    becomes a score model, or ceases to be one, gets the sampler of its new kind.
 
     Args:
         scheduler: of the base.
@@ -170,20 +177,27 @@ def adjusted(scheduler: Mapping[str, Any], prediction: str = "auto", zero_termin
         zero_terminal_snr: rescale the schedule so that no signal is left at the last timestep.
 
     Raises:
-        UsageError: zero terminal SNR with epsilon, which says nothing of the picture where there is only noise.
+        UsageError: zero terminal SNR with epsilon, which says nothing of the picture where there is only noise, or with
+            the score, whose noise has no end.
 
     Source of the last: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.
     """
     changed = dict(scheduler)
     if prediction != "auto":
         changed["prediction_type"] = prediction
+    before, predicts = (config.get("prediction_type", "epsilon") for config in (scheduler, changed))
     if zero_terminal_snr:
-        if changed.get("prediction_type", "epsilon") == "epsilon":
+        if predicts == "ve_score":
+            raise UsageError(
+                "objective.zero_terminal_snr: the model predicts ve_score, and variance exploding noise buries a "
+                "picture without taking it away; remove it"
+            )
+        if predicts == "epsilon":
             raise UsageError(
                 "objective.zero_terminal_snr: the model predicts epsilon, from which no picture follows where there is "
                 "nothing but noise; expected v_prediction or sample: objective.prediction=v_prediction"
             )
         changed["rescale_betas_zero_snr"] = True
-    if zero_terminal_snr or prediction == "sample":
-        changed |= SAMPLER
+    if zero_terminal_snr or prediction == "sample" or (predicts != before and "ve_score" in (before, predicts)):
+        changed |= own_sampler(predicts)
     return changed

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdtune.diffusion.ve import VarianceExploding, read_schedule
+from sdtune.diffusion.ve_sampling import VE_SAMPLERS
+from sdtune.errors import WeightsError
 
 
 class ScoreSampler:
@@ -18,7 +20,15 @@ class ScoreSampler:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ScoreSampler":
-        """As a `scheduler_config.json` of a score model has it; without `method` the fastest, probability flow."""
-        schedule = read_schedule(config)
+        """As a `scheduler_config.json` of a score model has it; without `method` the fastest, probability flow.
+
+        Raises:
+            WeightsError: a method that is not known.
+        """
+        schedule, method = read_schedule(config), config.get("method", "probability-flow")
         assert isinstance(schedule, VarianceExploding)
-        return cls(schedule, config.get("method", "probability-flow"))
+        if method not in VE_SAMPLERS:
+            raise WeightsError(
+                f"the scheduler's configuration has method = {method!r}; expected one of {', '.join(VE_SAMPLERS)}"
+            )
+        return cls(schedule, method)

@@ -18,6 +18,7 @@ from sdtune.families.loading import (
     make_network,
     open_network,
     open_part,
+    part_folder,
     read_index,
     read_json,
     read_settings,
@@ -45,6 +46,7 @@ class StableDiffusion:
     autoencoder = "vae"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     classes: tuple[str, ...] = ()
+    smallest = 1  # any multiple of `factor` will do
     text_kinds: Mapping[str, tuple[str, ...]] = {"text_encoder": ("CLIPTextModel", "BertModel", "T5EncoderModel")}
     parts: tuple[str, ...] = PARTS["stable-diffusion"]
     pipeline_names: tuple[str, ...] = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
@@ -115,7 +117,7 @@ class StableDiffusion:
         first = ("tokenizer", "text_encoder")  # a text encoder asks for its vocabulary, a UNet for the text's width
         for part, value in sorted(config.items(), key=lambda item: [name not in item[0] for name in first]):
             if isinstance(value, str):
-                opened[part] = cls.open(part, value, part if (Path(value) / part).is_dir() else None)
+                opened[part] = cls.open(part, value, part_folder(value, part))
             elif part == "scheduler":
                 opened[part] = SAMPLER | value
             else:

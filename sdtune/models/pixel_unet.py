@@ -17,7 +17,7 @@ class PixelUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # the two decla
 
     Args:
         channels: of the pictures.
-        classes: their names; a caption is one of them. None: captions are not read.
+        classes: their names; a caption is one of them. (): captions are not read.
         size: height and width of the pictures that it is made for; it takes others too.
         widths: channels of each level, from the full resolution down.
         attention: which levels have transformers; with the lowest, the bottom of the UNet has them too.

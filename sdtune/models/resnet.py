@@ -116,7 +116,7 @@ class ResNetDecoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # the two d
 
     Args:
         channels: of the pictures.
-        classes: their names; a caption is one of them. None: captions are not read.
+        classes: their names; a caption is one of them. (): captions are not read.
         size: height and width of the pictures that it is made for; it takes others too.
         width: channels of the first level; a ResNet18 has 64.
         groups: of the normalizations; must divide `width`.

@@ -79,6 +79,7 @@ class ScoreConcat(ModelMixin, ConfigMixin):  # type: ignore[misc]
         fourier_scale: deviation of the frequencies that the time is measured with.
     """
 
+    smallest = SMALLEST
     joined = 2  # the channels of a level after joining, in times of its own
 
     @register_to_config

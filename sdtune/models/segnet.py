@@ -48,7 +48,7 @@ class SegNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # the two declare 
 
     Args:
         channels: of the pictures.
-        classes: their names; a caption is one of them. None: captions are not read.
+        classes: their names; a caption is one of them. (): captions are not read.
         size: height and width of the pictures that it is made for; it takes others too.
         widths: channels of each level, from the full resolution down. The paper's are 64, 128, 256, 512, 512.
         layers: convolutions a level, on the way down and on the way up. The paper has 2 or 3.
@@ -66,6 +66,7 @@ class SegNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # the two declare 
         groups: int = 8,
     ) -> None:
         super().__init__()
+        self.smallest = 2 ** len(widths)  # so that one pixel is left at the lowest level
         level = partial(Level, groups=groups, emb_channels=4 * widths[0])
         self.embedding = TimeAndClass(4 * widths[0], len(classes))
         arriving, leaving = (channels, *widths), (widths[0], *widths)  # channels, from above and to above

@@ -14,13 +14,14 @@ from sdtune.config import dump
 from sdtune.config.files import check
 from sdtune.data.metadata import write_rows
 from sdtune.diffusion.schedule import Prediction
-from sdtune.errors import DataError, UsageError, WeightsError
+from sdtune.errors import DataError, HubError, UsageError, WeightsError
 from sdtune.families.pixel import Pixel
+from sdtune.families.schedulers import adjusted
 from sdtune.model_code import loading_code
 from sdtune.opening import open_model
 from sdtune.run import Run
 from sdtune.sample import draw_pictures
-from tests.factories import losses, make_recipe
+from tests.factories import losses, make_recipe, weights
 
 CPU = torch.device("cpu")
 SCORE = {"prediction_type": "ve_score", "sigma": 25.0}
@@ -94,11 +95,34 @@ def test_what_is_saved_is_opened_again(tmp_path: Path) -> None:
     torch.testing.assert_close(again.predict(x_t, t, asked), family.predict(x_t, t, asked))
 
 
+def test_rounded_weights_leave_the_frequencies_as_they_were(tmp_path: Path) -> None:
+    family = make_family()
+    family.save(tmp_path / "model", dtype="bfloat16")
+    saved = weights(tmp_path / "model")
+    frequencies = saved.pop("denoiser/diffusion_pytorch_model.safetensors:features.frequencies")
+    assert torch.equal(frequencies, family.modules["denoiser"].features.frequencies)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
+def test_what_the_objective_predicts_brings_its_sampler() -> None:
+    discrete, score = make_family({"prediction_type": "epsilon"}).scheduler, make_family().scheduler
+    assert adjusted(discrete, "ve_score")["_class_name"] == "ScoreSampler"
+    assert adjusted(score, "v_prediction")["_class_name"] == "DDIMScheduler"
+    assert adjusted(score | {"method": "euler-maruyama"}, "ve_score")["method"] == "euler-maruyama"
+    with pytest.raises(UsageError, match="objective.zero_terminal_snr: the model predicts ve_score.*; remove it"):
+        adjusted(score, zero_terminal_snr=True)
+
+
 def test_faults_are_told(tmp_path: Path, sd: Path) -> None:
     with pytest.raises(WeightsError, match="got 'unett', expected one of score_concat, score_add"):
         make_family(kind="unett")
     with pytest.raises(WeightsError, match="is a StableDiffusionPipeline; this family opens PixelPipeline"):
         Pixel.load(str(sd))
+    with pytest.raises(WeightsError, match="method = 'heun'; expected one of euler-maruyama, predictor"):
+        make_family(SCORE | {"method": "heun"}).sampler()
+    for parts in ({"denoiser": "me/mine", "scheduler": SCORE}, {"denoiser": SMALL, "scheduler": "me/mine"}):
+        with pytest.raises(HubError, match="'me/mine' is no folder here, is not in this machine's cache"):
+            Pixel.from_config(parts, seed=0)
     with pytest.raises(UsageError, match="model.clip_skip: a model of family pixel has nothing that it is for"):
         Pixel.from_config({"denoiser": SMALL, "scheduler": SCORE}, seed=0, clip_skip=1)
 
@@ -162,6 +186,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 def test_settings_of_other_losses_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"objective.snr_gamma: the model predicts ve_score, .* remove objective"):
         Run(pixel_recipe(tmp_path, objective={"snr_gamma": 5.0}))
+
+
+def test_pictures_too_small_for_the_network_are_refused_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="images.resolution: got 24 x 28, .* expected sides of 25 or more"):
+        Run(pixel_recipe(tmp_path, images={"resolution": [24, 28]}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_captions_that_are_no_classes_are_refused_before_the_run(tmp_path: Path) -> None:

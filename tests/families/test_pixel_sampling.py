@@ -47,18 +47,35 @@ def test_in_half_precision_as_on_a_gpu_it_draws_the_same(kind: str, scheduler: d
     assert off < (50 if kind == "segnet" else 1)  # untrained, its maxima change their places with every rounding
 
 
+def test_guidance_goes_on_from_the_negative_prompt_to_the_prompt() -> None:
+    family, noise = make_family("ve_score"), torch.randn(1, 1, 28, 28)
+    pipeline: Any = family.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+
+    def drawn(prompt: str, guidance: float) -> torch.Tensor:
+        asked, none = (family.encode_text([text]).text for text in (prompt, ""))
+        words = {"prompt_embeds": asked, "negative_prompt_embeds": none}
+        options: dict[str, Any] = {"latents": noise, "generator": [torch.Generator()], "guidance_scale": guidance}
+        return pipeline(**words, **options, num_inference_steps=1).images  # one step is linear in the score
+
+    asked, plain = drawn("1", 1.0), drawn("", 1.0)
+    assert not torch.allclose(asked, plain, atol=1e-3)
+    torch.testing.assert_close(drawn("1", 3.0), plain + 3 * (asked - plain), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("sampler", [None, "ddpm", "dpm-solver++", "euler"])
 def test_it_begins_with_a_picture(sampler: str | None) -> None:
-    """A little strength leaves it as it is; as in x-space there is no autoencoder between."""
-    family, picture = make_family("sample"), torch.zeros(1, 3, 28, 28, dtype=torch.uint8)
+    """A network that finds no noise in anything leaves the picture as it is, beneath the noise that strength adds."""
+    family, picture = make_family("epsilon"), torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
     picture[..., 8:20, 8:20] = 255
-    options = QUICK | {"steps": 20, "sampler": sampler, "guidance": 1.0, "begun": picture}
+    for parameter in family.modules["denoiser"].to_picture.parameters():
+        parameter.data.zero_()
+    options: dict[str, Any] = {"steps": 20, "sampler": sampler, "begun": picture}
     near, far = (
-        np.asarray(next(iter(draw_pictures(family, ["1"], [0], **options, strength=strength)))).astype(float)
-        for strength in (0.1, 1.0)
+        np.abs(pixels(family, **options, strength=strength) - picture.permute(0, 2, 3, 1).numpy()).mean()
+        for strength in (0.05, 1.0)
     )
-    target = picture[0].permute(1, 2, 0).numpy()
-    assert np.abs(near - target).mean() <= np.abs(far - target).mean()
+    assert near < 25 < 90 < far
 
 
 def test_dynamic_thresholding_keeps_pixels_from_saturating() -> None:
@@ -72,6 +89,19 @@ def test_dynamic_thresholding_keeps_pixels_from_saturating() -> None:
 
     plain, thresholded = saturated(None), saturated(0.9)
     assert thresholded < plain
+
+
+SMALLEST = {"score_concat": 25, "segnet": 8, "unet": 1, "resnet_decoder": 1}
+
+
+@pytest.mark.parametrize(("kind", "smallest"), SMALLEST.items())
+def test_the_smallest_picture_is_drawn_and_a_smaller_one_refused(kind: str, smallest: int, tmp_path: Path) -> None:
+    family = make_family("v_prediction", kind)
+    family.save(tmp_path / "model")
+    assert pixels(family, height=smallest, width=smallest + 3).shape == (2, smallest, smallest + 3, 3)
+    if smallest > 1:
+        with pytest.raises(UsageError, match=f"--width: got 28 x {smallest - 1}, .*sides of {smallest} or"):
+            command(str(tmp_path / "model"), ["1"], out=tmp_path / "out", width=smallest - 1)
 
 
 def test_a_score_model_refuses_what_it_cannot(tmp_path: Path) -> None:
