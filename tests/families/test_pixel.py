@@ -147,7 +147,7 @@ def test_a_run_learns_is_opened_and_draws(tmp_path: Path, prediction: str) -> No
         scheduler,
         denoiser={"classes": ["0", "1"]},
         images={"resolution": 28, "caption_dropout": 0.3},
-        train={"steps": 4, "batch_size": 3, "ema": 0.9},
+        train={"steps": 4, "batch_size": 3, "ema": 0.9, "precision": "bf16"},
         validate={"fraction": 0.2, "samples": {"prompts": ["1", ""], "steps": 3, "guidance": 2.0}},
     )
     run = Run(recipe)
@@ -232,7 +232,7 @@ def test_the_card_draws_with_sdtune(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     make_family().save(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     code = loading_code(pixel_recipe(tmp_path), "model", "7")
-    exec(code.replace("steps=500", "steps=2"), {})
+    exec(code.replace("steps=50", "steps=2"), {})
     assert Image.open("picture.png").size == (28, 28)
 
 

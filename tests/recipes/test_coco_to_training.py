@@ -28,8 +28,8 @@ def test_photographs_and_captions_become_a_model_that_draws(tmp_path: Path, monk
     smaller = {
         "data.0.path": "data/coco", "images.resolution": 64, "model.from_config.unet.block_out_channels": [32] * 4,
         "model.from_config.text_encoder": bert, "model.from_config.tokenizer": bert, "model.from_config.vae": vae,
-        "train.steps": 2, "train.batch_size": 2, "train.compile": "false", "train.precision": "fp32",
-        "train.workers": 0, "optimizer.warmup": 0, "output.trackers": [], "validate.fraction": 0,
+        "train.steps": 2, "train.batch_size": 2, "train.compile": "false", "train.workers": 0,
+        "optimizer.warmup": 0, "output.trackers": [], "validate.fraction": 0,
         "validate.every": "null", "validate.samples": "null", "output.checkpoint_every": "null",
     }  # fmt: skip
     typed("train", RECIPE, *(f"{key}={value}" for key, value in smaller.items()))
