@@ -152,7 +152,7 @@ from sdtune.sample import draw_pictures
 family = open_model("{repo}", device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 prompt = family.classes[0] if family.classes else ""
 height, width = family.picture_size()
-(picture,) = draw_pictures(family, [prompt], [0], height=height, width=width, steps=500)
+(picture,) = draw_pictures(family, [prompt], [0], height=height, width=width, steps=50, guidance=3.0)
 picture.save("picture.png")"""
 
 
