@@ -85,15 +85,20 @@ class PixelPipeline(DiffusionPipeline):
 
         times, _ = retrieve_timesteps(self.scheduler, steps, latents.device)
         x = latents * self.scheduler.init_noise_sigma
-        options = {"generator": generator} if takes_generator(self.scheduler) else {}
+        options = {
+            "generator": generator,
+            # DDIM's own way keeps the noise that belonged to x0 before it was thresholded
+            "use_clipped_model_output": getattr(self.scheduler.config, "thresholding", False),
+        }
+        options = {name: value for name, value in options.items() if takes(self.scheduler, name)}
         for t in self.progress_bar(times):
             scaled = self.scheduler.scale_model_input(x, t)
             x = self.scheduler.step(answer(scaled, t.expand(len(x))), t, x, **options).prev_sample
         return x
 
 
-def takes_generator(scheduler: Any) -> bool:
-    """Whether a scheduler's step adds noise of generators that it is given."""
+def takes(scheduler: Any, option: str) -> bool:
+    """Whether a scheduler's step knows an option, such as the generator of the noise that it adds."""
     import inspect
 
-    return "generator" in inspect.signature(scheduler.step).parameters
+    return option in inspect.signature(scheduler.step).parameters

@@ -11,6 +11,7 @@ from PIL import Image
 from sdtune import building
 from sdtune.errors import UsageError
 from sdtune.families.pixel import Pixel
+from sdtune.families.schedulers import make_sampler
 from sdtune.models import DENOISERS
 from sdtune.sample import command, draw_pictures
 
@@ -102,6 +103,26 @@ def test_the_smallest_picture_is_drawn_and_a_smaller_one_refused(kind: str, smal
     if smallest > 1:
         with pytest.raises(UsageError, match=f"--width: got 28 x {smallest - 1}, .*sides of {smallest} or"):
             command(str(tmp_path / "model"), ["1"], out=tmp_path / "out", width=smallest - 1)
+
+
+def test_ddim_thresholds_the_picture_and_the_noise_with_it() -> None:
+    """DDIM as published, on the thresholded x0: what is taken from the picture's excess goes to the noise's part."""
+    family, noise = make_family("v_prediction"), torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    sampler = make_sampler(family.scheduler, "ddim", 0.9)
+    sampler.set_timesteps(5)
+    alpha_bar = [*sampler.alphas_cumprod[sampler.timesteps].tolist(), sampler.alphas_cumprod[0].item()]
+    words, x_t = family.encode_text(["1"]), noise
+    for i, t in enumerate(sampler.timesteps):
+        signal, noisy = alpha_bar[i] ** 0.5, (1 - alpha_bar[i]) ** 0.5
+        x0 = signal * x_t - noisy * family.predict(x_t, t.expand(1), words).detach()
+        s = x0.abs().quantile(0.9).clamp(min=1)
+        x0 = x0.clamp(-s, s) / s
+        eps = (x_t - signal * x0) / noisy
+        x_t = alpha_bar[i + 1] ** 0.5 * x0 + (1 - alpha_bar[i + 1]) ** 0.5 * eps
+    options: dict[str, Any] = {"sampler": "ddim", "guidance": 1.0, "dynamic_thresholding": 0.9, "noise": noise}
+    (drawn,) = draw_pictures(family, ["1"], [0], **QUICK | options)
+    expected = ((x_t[0, 0] + 1) * 127.5).round().clamp(0, 255).numpy()
+    assert np.abs(np.asarray(drawn)[..., 0] - expected).max() <= 1
 
 
 def test_a_score_model_refuses_what_it_cannot(tmp_path: Path) -> None:
