@@ -75,8 +75,9 @@ def train(
 
     def run() -> int:
         from sdtune.config import load
+        from sdtune.resuming import check_folder
 
-        load(recipe, overrides or [])  # tells its faults before the next line imports torch
+        check_folder(load(recipe, overrides or []), resume=resume)  # faults are told before the next line imports torch
         from sdtune.run import command
 
         return command(recipe, overrides or [], resume=resume, as_json=as_json)
@@ -127,6 +128,9 @@ def sample(
     options = {name: value for name, value in locals().items() if name not in ("model", "prompt", "lora", "debug")}
 
     def run() -> int:
+        from sdtune.families.schedulers import check_name
+
+        check_name(sampler)  # told before the next line imports torch
         from sdtune.sample import command
 
         return command(model, prompt, loras=lora or [], **options)

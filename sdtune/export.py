@@ -20,7 +20,6 @@ from sdtune.adapters.lora_files import LoraFile, check_fit, load_lora, read_lora
 from sdtune.adapters.lora_layers import LoraLayer
 from sdtune.adapters.tokens import is_embedding, load_embedding, read_embedding
 from sdtune.building import base_place
-from sdtune.checkpoint import could_not_write, write_json, written_aside
 from sdtune.config import resolve_asset
 from sdtune.data.atomic import flush
 from sdtune.data.captions import first_of
@@ -36,6 +35,7 @@ from sdtune.file_headers import kind_of, kohya_header, model_header, model_marks
 from sdtune.hub import size
 from sdtune.opening import open_base, open_other_base, open_whole, read_notes
 from sdtune.run_folder import NOTES, weights_folder
+from sdtune.writing import could_not_write, write_json, written_aside
 
 DTYPES = ("float32", "float16", "bfloat16")
 NAME_BASE = "add --base MODEL"

@@ -11,12 +11,12 @@ from typing import Any
 
 from sdtune.adapters.lora_files import WEIGHTS_NAME, read_lora
 from sdtune.adapters.lora_writing import write_diffusers
-from sdtune.checkpoint import write_json, write_text, written_aside
 from sdtune.config import Recipe, dump, parse
 from sdtune.config.shareable import shareable, shareable_notes
 from sdtune.errors import RunError, UsageError
 from sdtune.model_card import model_card
 from sdtune.run_folder import NOTES, RunFolder, read_metrics
+from sdtune.writing import write_json, write_text, written_aside
 
 FOLDER = "push"  # in the run folder, unless another place is named
 CARD = "README.md"

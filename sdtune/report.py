@@ -18,11 +18,11 @@ from typing import Any
 
 from PIL import Image
 
-from sdtune.checkpoint import write_text
 from sdtune.config.files import read
 from sdtune.families import PARTS
 from sdtune.loss_curve import column, loss_curve
 from sdtune.run_folder import RunFolder, read_metrics
+from sdtune.writing import write_text
 
 ASSETS = Path(__file__).parent / "assets"
 LARGEST = 320  # pixels; larger pictures are shrunk for the page

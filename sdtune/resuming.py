@@ -9,12 +9,13 @@ from sdtune.errors import RunError
 from sdtune.run_folder import RunFolder
 
 
-def check_folder(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
-    """A new run finds its folder free, one that goes on finds itself there, with settings that lead the same way.
+def check_folder(recipe: Recipe, *, resume: bool) -> None:
+    """A new run finds `output.dir` free, one that goes on finds itself there, with settings that lead the same way.
 
     Raises:
         RunError: it does not.
     """
+    folder = RunFolder(recipe.output.dir)
     if not resume:
         folder.check_free()
         return

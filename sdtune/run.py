@@ -30,6 +30,7 @@ from sdtune.resuming import check_folder
 from sdtune.run_folder import NOTES, RunFolder
 from sdtune.tasks import AutoencodingTask, DenoisingTask, TrainStep
 from sdtune.train import Ema, StepInfo, lr_factor, make_accelerator, prepare, train
+from sdtune.writing import write_json, written_aside
 
 
 class Run:
@@ -46,7 +47,7 @@ class Run:
     def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         self.recipe, self.step = recipe, 0
         self.folder = RunFolder(recipe.output.dir)
-        check_folder(self.folder, recipe, resume=resume)
+        check_folder(recipe, resume=resume)
         self.accelerator = make_accelerator(recipe.train.precision, recipe.output.trackers, self.folder.path)
         self.logbook = Logbook(self.folder, self.accelerator, recipe.output.log_every)
         self.height, self.width = building.picture_size(recipe)
@@ -280,7 +281,7 @@ class Run:
             with self.averaged():
                 self.task.set_scaling_factor([batch.to(self.accelerator.device) for batch in examples])
         if distributed.is_main():
-            with checkpoint.written_aside(self.folder.final) as aside:
+            with written_aside(self.folder.final) as aside:
                 self.save_weights(aside)
             write_report(self.folder)
         self.logbook.close()
@@ -376,7 +377,7 @@ class Run:
             self.adapter.save(self.family, folder)
         inpaints = isinstance(self.task, DenoisingTask) and self.family.inpaints
         notes = building.facts(self.recipe) | {"step": self.step, "inpaints": inpaints}
-        checkpoint.write_json(folder / NOTES, notes)
+        write_json(folder / NOTES, notes)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within: the EMA's weights, if there is one, or those that the optimizer averages."""

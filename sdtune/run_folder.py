@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sdtune import distributed
-from sdtune.checkpoint import all_checkpoints, write_text, written_aside
 from sdtune.config import resolve_asset
 from sdtune.data.buckets import Bucket
 from sdtune.errors import RunError, WeightsError
+from sdtune.writing import write_text, written_aside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -135,6 +135,13 @@ class RunFolder:
             for i, picture in enumerate(pictures):
                 picture.save(folder / f"{i:02d}.png")
             (folder / "prompts.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run folder, oldest first."""
+    named = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    whole = [path for path in named if (path / "state" / "state.json").is_file()]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def weights_folder(path: Path) -> Path:

@@ -11,7 +11,8 @@ from torch import nn
 
 from sdtune import checkpoint
 from sdtune.errors import RunError
-from sdtune.run_folder import RunFolder, read_metrics
+from sdtune.run_folder import RunFolder, all_checkpoints, read_metrics
+from sdtune.writing import write_text, written_aside
 
 
 def learner(seed: int) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer, dict[str, torch.Tensor]]:
@@ -105,25 +106,25 @@ def test_only_whole_checkpoints_count_and_old_ones_go(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".step-000300.partial" / "state").mkdir(parents=True)
     assert folder.latest() == folder.checkpoint(1_000_000)
     checkpoint.forget_old(tmp_path, 2)
-    left = [path.name for path in checkpoint.all_checkpoints(tmp_path)]
+    left = [path.name for path in all_checkpoints(tmp_path)]
     assert left == ["step-100000", "step-1000000"]
     checkpoint.forget_old(tmp_path, None)
-    assert len(checkpoint.all_checkpoints(tmp_path)) == 2
+    assert len(all_checkpoints(tmp_path)) == 2
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "final"
-    with pytest.raises(ZeroDivisionError), checkpoint.written_aside(target) as aside:
+    with pytest.raises(ZeroDivisionError), written_aside(target) as aside:
         (aside / "half").write_text("x")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
-    with checkpoint.written_aside(target) as aside:
+    with written_aside(target) as aside:
         (aside / "a").write_text("1")
-    with pytest.raises(RunError, match="could not be written .No space"), checkpoint.written_aside(target) as aside:
+    with pytest.raises(RunError, match="could not be written .No space"), written_aside(target) as aside:
         (aside / "a").write_text("2")
         raise OSError(28, "No space left on device")
     assert (target / "a").read_text() == "1"
-    with checkpoint.written_aside(target) as aside:
+    with written_aside(target) as aside:
         (aside / "b").write_text("3")
     assert [path.name for path in target.iterdir()] == ["b"] and [path.name for path in tmp_path.iterdir()] == ["final"]
 
@@ -155,12 +156,12 @@ def test_a_real_disk_that_is_full(tmp_path: Path) -> None:
         for way in ways:
             with (
                 pytest.raises(RunError, match="could not be written"),
-                checkpoint.written_aside(disk / "final") as aside,
+                written_aside(disk / "final") as aside,
             ):
                 way(aside)
             assert list(disk.iterdir()) == []
         with pytest.raises(RunError, match="could not be written"):
-            checkpoint.write_text(disk / "a.json", "x" * 100_000)
+            write_text(disk / "a.json", "x" * 100_000)
         assert list(disk.iterdir()) == []
         shutil.rmtree(disk, ignore_errors=True)
     finally:

@@ -37,14 +37,26 @@ def training(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     stand_in.command = command  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sdtune.run", stand_in)
     monkeypatch.setattr("sdtune.config.load", lambda recipe, overrides: None)  # there is no x.yaml
+    monkeypatch.setattr("sdtune.resuming.check_folder", lambda recipe, resume: None)
     return state
 
 
-def test_a_faulty_recipe_is_told_without_torch() -> None:
-    code = "import sys; sys.argv = ['sdtune', 'train', 'lora_tiny', 'train.stps=3']\nfrom sdtune.cli import main\n"
+@pytest.mark.parametrize(
+    ("words", "exit_code", "told"),
+    [
+        ("train lora_tiny train.stps=3", 2, "did you mean 'steps'?"),
+        ("train lora_tiny output.dir=taken", 1, "'taken' exists already and is never overwritten"),
+        ("train lora_tiny output.dir=absent --resume", 1, "'absent' does not exist, so there is nothing to resume"),
+        ("sample tiny --prompt apple --sampler eular", 2, "the sampler 'eular' is not known; did you mean 'euler'?"),
+    ],
+)
+def test_what_can_be_told_without_torch_is(words: str, exit_code: int, told: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").touch()
+    code = f"import sys; sys.argv = {['sdtune', *words.split()]}\nfrom sdtune.cli import main\n"
     code += "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert answer.stdout == "2 False\n" and "did you mean 'steps'?" in answer.stderr
+    answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert answer.stdout == f"{exit_code} False\n" and told in answer.stderr
 
 
 def test_help_is_quick(root: Path) -> None:

@@ -100,8 +100,10 @@ def test_what_a_sampler_cannot_draw_is_refused_with_those_that_can() -> None:
     ):
         with pytest.raises(UsageError, match=f"'{name}' cannot draw with this model, .*; expected one of {others}"):
             make_sampler(config, name)
-    with pytest.raises(UsageError, match="'ddmi' is not known; expected one of ddpm, ddim, .*, heun"):
+    with pytest.raises(UsageError, match="'ddmi' is not known; did you mean 'ddim'"):
         make_sampler(SD15, "ddmi")
+    with pytest.raises(UsageError, match="'karras' is not known; known here: ddpm, ddim, .*, heun"):
+        make_sampler(SD15, "karras")
 
 
 def test_a_recipe_names_one_for_its_samples() -> None:

@@ -34,8 +34,10 @@ from transformers import (
 )
 
 from sdtune import checkpoint
-from sdtune.checkpoint import all_checkpoints, forget_old, written_aside
+from sdtune.checkpoint import forget_old
+from sdtune.run_folder import all_checkpoints
 from sdtune.train import Ema, lr_factor
+from sdtune.writing import written_aside
 
 SIZE = 64  # px
 PREFIX = "a picture of"  # a fifth of the captions begin with it, so that `--prompt "a picture of"` is understood

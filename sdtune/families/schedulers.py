@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from sdtune.config.messages import nearest
 from sdtune.errors import UsageError
 from sdtune.families import SAMPLERS
 
@@ -26,6 +27,12 @@ def own_sampler(prediction: str) -> dict[str, Any]:
     return SCORE_SAMPLER if prediction == "ve_score" else SAMPLER
 
 
+def check_name(name: str | None) -> None:
+    """Raises UsageError for a name that is none of SAMPLERS."""
+    if name is not None and name not in SAMPLERS:
+        raise UsageError(f"the sampler '{name}' is not known; {nearest(name, list(SAMPLERS))}")
+
+
 def make_sampler(
     scheduler: Mapping[str, Any], name: str | None = None, dynamic_thresholding: float | None = None
 ) -> Any:
@@ -44,8 +51,7 @@ def make_sampler(
     Source of thresholding: Saharia et al. 2022, "Photorealistic Text-to-Image Diffusion Models with Deep Language
     Understanding", section 2.3.
     """
-    if name is not None and name not in SAMPLERS:
-        raise UsageError(f"the sampler '{name}' is not known; expected one of {', '.join(SAMPLERS)}")
+    check_name(name)
     config = {"clip_sample": False} | dict(scheduler) | SAMPLERS.get(name or "", {})
     if name is not None and not can_draw(config):
         fitting = [other for other in SAMPLERS if can_draw(config | SAMPLERS[other])]
