@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from sdtune import __version__
-from sdtune.errors import SdtuneError, UsageError
+from sdtune.errors import SdtuneError, UsageError, nearest
 from sdtune.families import SAMPLERS
 
 INTERRUPTED = 130
@@ -518,11 +518,7 @@ def _shipped(name: str) -> Path:
 
     recipes = shipped_recipes()
     if name not in recipes:
-        import difflib
-
-        close = difflib.get_close_matches(name, recipes, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(recipes)}"
-        raise UsageError(f"no shipped recipe is called '{name}'; {hint}")
+        raise UsageError(f"no shipped recipe is called '{name}'; {nearest(name, list(recipes))}")
     return recipes[name]
 
 

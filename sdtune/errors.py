@@ -12,6 +12,9 @@
 A message is one paragraph: what is wrong, what was got, what was expected, and the command to type next.
 """
 
+import difflib
+from collections.abc import Sequence
+
 
 class SdtuneError(Exception):
     """What a person can mend. `exit_code` is what the command ends with."""
@@ -59,3 +62,9 @@ class RunError(SdtuneError):
 
 class TrainingError(SdtuneError):
     """The run cannot go on, for instance because the loss is not finite."""
+
+
+def nearest(name: str, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
+    """`did you mean 'rank'?`, or the names there are."""
+    close = difflib.get_close_matches(name, known, n=1) or list(elsewhere[:1])
+    return f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"

@@ -14,7 +14,7 @@ ANYWHERE = ("sdtune", "sdtune.errors", "sdtune.config", "sdtune.distributed", "s
 # From the bottom up. A module imports from its own level and those below; what is not listed is a command's work.
 LEVELS = (
     ("models", "diffusion"),
-    ("families", "adapters", "data", "checkpoint", "run_folder"),
+    ("families", "adapters", "data", "checkpoint", "run_folder", "writing"),
     ("tasks",),
     (),
     ("cli", "demo", "__main__"),

@@ -73,6 +73,11 @@ def test_info(file: Path, sd: Path) -> None:
     assert info(file, str(sd))["applied"] == 6 and info(file, str(sd))["refused"] is None
 
 
+def test_a_base_that_is_not_there_may_be_called_alike(sd: Path) -> None:
+    with pytest.raises(WeightsError, match=f"does not exist .did you mean '{sd}'"):
+        unet_config(f"{sd}x")
+
+
 def test_info_reads_headers_and_configurations_alone(file: Path, sd: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     for part in ("unet", "text_encoder"):

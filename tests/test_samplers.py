@@ -100,8 +100,8 @@ def test_what_a_sampler_cannot_draw_is_refused_with_those_that_can() -> None:
     ):
         with pytest.raises(UsageError, match=f"'{name}' cannot draw with this model, .*; expected one of {others}"):
             make_sampler(config, name)
-    with pytest.raises(UsageError, match="'ddmi' is not known; did you mean 'ddim'"):
-        make_sampler(SD15, "ddmi")
+    with pytest.raises(UsageError, match="'ddimm' is not known; did you mean 'ddim'"):
+        make_sampler(SD15, "ddimm")
     with pytest.raises(UsageError, match="'karras' is not known; known here: ddpm, ddim, .*, heun"):
         make_sampler(SD15, "karras")
 

@@ -5,9 +5,10 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from sdtune.config.memory_checks import is_installed, saving_memory, unread_by_optimizer
-from sdtune.config.messages import Fault, nearest, show
+from sdtune.config.messages import Fault, show
 from sdtune.config.recipe import TARGET_PRESETS, DataSource, Images, Recipe, Section
 from sdtune.config.shipped import TINY, resolve_asset
+from sdtune.errors import nearest
 from sdtune.hub_access import looks_like_hub_id
 
 DENOISING_ONLY = (

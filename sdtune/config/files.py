@@ -10,10 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from sdtune.config.checks import impossible, unused_keys
-from sdtune.config.messages import Fault, faults_of, locate, nearest, show
+from sdtune.config.messages import Fault, faults_of, locate, show
 from sdtune.config.recipe import Recipe
 from sdtune.config.shipped import shipped_recipes
-from sdtune.errors import ConfigError, UsageError
+from sdtune.errors import ConfigError, UsageError, nearest
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

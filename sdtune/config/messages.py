@@ -1,6 +1,5 @@
 """pydantic's faults in plain words: what was got, what was expected, which key was meant."""
 
-import difflib
 import json
 import types
 from collections.abc import Iterable, Sequence
@@ -8,6 +7,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+
+from sdtune.errors import nearest
 
 Fault = tuple[str, str]
 
@@ -100,12 +101,6 @@ def unknown_key(key: str, model: type[BaseModel], path: list[int | str]) -> str:
         if isinstance(step, str):
             section = section_of(fields_of(section)[step].annotation) or section
     return f"unknown key; {nearest(key, list(fields_of(section)), sections_with(key, model))}"
-
-
-def nearest(name: str, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
-    """`did you mean 'rank'?`, or the names there are."""
-    close = difflib.get_close_matches(name, known, n=1) or list(elsewhere[:1])
-    return f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
 
 
 def sections_with(key: str, model: type[BaseModel]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from sdtune.config import resolve_asset
 from sdtune.errors import WeightsError
-from sdtune.families.loading import hub_file, read_json
+from sdtune.families.loading import hub_file, near, read_json
 from sdtune.families.saving import historical_key
 from sdtune.families.single_file import FIRST, LAYOUTS, find_layout, read_prediction, read_shapes
 from sdtune.families.text_encoders import KINDS, network_class
@@ -94,7 +94,9 @@ def _place(base: str) -> Path | str:
     if path.is_dir():
         return path
     if not looks_like_hub_id(base):
-        raise WeightsError(f"'{base}' does not exist, and is no hub id (user/name); name a model's folder or file")
+        raise WeightsError(
+            f"'{base}' does not exist{near(base)}, and is no hub id (user/name); name a model's folder or file"
+        )
     return base
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from sdtune.diffusion import draws
-from sdtune.errors import HubError, SdtuneError, WeightsError
+from sdtune.errors import HubError, SdtuneError, WeightsError, nearest
 from sdtune.families.single_file import find_layout
 from sdtune.hub_access import hub_fault, looks_like_hub_id
 
@@ -163,7 +164,15 @@ def open_network(kind: Any, base: str, subfolder: str | None, *, is_part: bool =
 
 
 def make_network(kind: Any, config: Mapping[str, Any], seed: int, purpose: str) -> nn.Module:
-    """A network with fresh weights, a pure function of `config`, `seed` and `purpose`."""
+    """A network with fresh weights, a pure function of `config`, `seed` and `purpose`.
+
+    Raises:
+        WeightsError: a setting that the network does not have, or a value that it cannot be made with.
+    """
+    known = [name for name in signature(kind).parameters if name not in ("args", "kwargs")]
+    for key in config:
+        if key not in known and not key.startswith("_"):
+            raise WeightsError(f"model.from_config.{purpose}.{key}: unknown key; {nearest(key, known)}")
     with draws.seeded_globals(seed, f"weights of {purpose}"):
         try:
             return kind(**config)

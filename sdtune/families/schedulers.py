@@ -4,8 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sdtune.config.messages import nearest
-from sdtune.errors import UsageError
+from sdtune.errors import UsageError, nearest
 from sdtune.families import SAMPLERS
 
 if TYPE_CHECKING:
