@@ -132,12 +132,18 @@ def open_facts(notes: Mapping[str, Any]) -> Family:
 
 
 def check_size(family: Family, height: int, width: int) -> None:
-    """Raises UsageError where a picture of that size is too small, or has no whole number of latents."""
+    """Raises UsageError where a picture of that size is too small, has no whole number of latents, or is not of the
+    size that a network of pixels draws."""
     check_smallest(family, height, width, "images.resolution")
     if height % family.factor or width % family.factor:
         raise UsageError(
             f"images.resolution: got {height} x {width}, but a latent of this VAE stands for {family.factor} x "
             f"{family.factor} pixels; expected multiples of {family.factor}"
+        )
+    if family.autoencoder is None and (own := family.picture_size()) != (height, width):
+        raise UsageError(
+            f"images.resolution: got {height} x {width}, but the network says that it is for {own[0]} x {own[1]} and "
+            f"will draw that; set images.resolution=[{own[0]},{own[1]}], or anew model.from_config.denoiser.size"
         )
 
 

@@ -230,7 +230,7 @@ def command(
     prepare()
     device, precision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), "fp16"
     family = open_model(model, *loras, device=device, precision=precision)
-    tell_strange_words(family, [*prompts, negative_prompt])
+    tell_unread_words(family, [*prompts, negative_prompt])
     levels = family.schedule.levels
     if levels is not None and steps > levels:
         raise UsageError(f"--steps: got {steps}, but this model knows {levels} noise levels; 20 to 50 are usual")
@@ -293,8 +293,10 @@ def picture_size(family: Family, height: int | None, width: int | None) -> tuple
     return size
 
 
-def tell_strange_words(family: Family, prompts: Sequence[str]) -> None:
-    """Say on stderr which words of the prompts look like learned ones and are not."""
+def tell_unread_words(family: Family, prompts: Sequence[str]) -> None:
+    """Say on stderr which prompts are not read, and which of their words look like learned ones and are not."""
+    if (given := next(filter(None, prompts), "")) and not family.text_encoders and not family.classes:
+        print(f"'{given}' is not read: this model knows no classes, and draws any picture", file=sys.stderr)
     if strange := strange_words(family, prompts):
         print(
             f"{', '.join(strange)}: no word that this model has learned; it is read as its letters. It has learned "

@@ -79,6 +79,10 @@ class Pixel:
             network = open_network(network_class(own), denoiser, subfolder)
         else:
             settings = {key: value for key, value in denoiser.items() if key != "kind"}
+            if (channels := settings.get("channels", 1)) not in (1, 3):
+                raise WeightsError(
+                    f"model.from_config.denoiser.channels: got {channels!r}, expected 1 (grey) or 3 (red, green, blue)"
+                )
             network = make_network(network_class(denoiser), settings, seed, "denoiser")
         return cls({"denoiser": network}, own_sampler(scheduler.get("prediction_type", "epsilon")) | scheduler)
 

@@ -116,6 +116,10 @@ def test_what_the_objective_predicts_brings_its_sampler() -> None:
 def test_faults_are_told(tmp_path: Path, sd: Path) -> None:
     with pytest.raises(WeightsError, match="got 'unett', expected one of score_concat, score_add"):
         make_family(kind="unett")
+    with pytest.raises(WeightsError, match="model.from_config.denoiser.width: unknown key; did you mean 'widths'?"):
+        make_family(width=8)
+    with pytest.raises(WeightsError, match="denoiser.channels: got 2, expected 1 .grey. or 3"):
+        make_family(channels=2)
     with pytest.raises(WeightsError, match="is a StableDiffusionPipeline; this family opens PixelPipeline"):
         Pixel.load(str(sd))
     with pytest.raises(WeightsError, match="method = 'heun'; expected one of euler-maruyama, predictor"):
@@ -159,6 +163,13 @@ def test_a_run_learns_is_opened_and_draws(tmp_path: Path, prediction: str) -> No
     assert family.picture_size() == (28, 28)
     first, again = (list(draw_pictures(family, ["0"], [5], height=28, width=28, steps=4)) for _ in range(2))
     assert first[0].size == (28, 28) and np.array_equal(first[0], again[0])
+
+
+def test_another_size_than_the_network_would_draw_is_refused(tmp_path: Path) -> None:
+    recipe = pixel_recipe(tmp_path, images={"resolution": 32})
+    with pytest.raises(UsageError, match="got 32 x 32, .* 28 x 28 .*model.from_config.denoiser.size"):
+        Run(recipe)
+    assert not Path(recipe.output.dir).exists()
 
 
 def test_it_learns(tmp_path: Path) -> None:

@@ -125,6 +125,14 @@ def test_ddim_thresholds_the_picture_and_the_noise_with_it() -> None:
     assert np.abs(np.asarray(drawn)[..., 0] - expected).max() <= 1
 
 
+def test_a_prompt_that_is_not_read_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"denoiser": {"kind": "score_concat", **SCORE_UNET}, "scheduler": {"prediction_type": "ve_score"}}
+    Pixel.from_config(config, seed=0).save(tmp_path / "model")
+    for prompt, told in (("7", "'7' is not read: this model knows no classes"), ("", "")):
+        command(str(tmp_path / "model"), [prompt], steps=1, out=tmp_path / "out")
+        assert told in (words := capsys.readouterr().err) and bool(told) == ("not read" in words)
+
+
 def test_a_score_model_refuses_what_it_cannot(tmp_path: Path) -> None:
     make_family("ve_score").save(tmp_path / "model")
     Image.new("RGB", (28, 28)).save(tmp_path / "picture.png")

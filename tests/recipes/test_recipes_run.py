@@ -106,6 +106,8 @@ def classes_of(recipe: Recipe) -> Sequence[str]:
 def small(path: Path) -> Recipe:
     """A recipe with all that it names put in the current folder, cut down to two steps of one picture."""
     recipe, changes = load(path), dict[str, Any](SMALL)
+    if recipe.model.family == "pixel":
+        del changes["images.resolution"]  # the network is made for its own
     if recipe.model.base and not Path(resolve_asset(recipe.model.base)).exists():
         changes["model.base"] = make_base(Path("base"), recipe)
     if recipe.model.vae:
