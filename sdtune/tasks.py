@@ -140,7 +140,8 @@ class DenoisingTask:
     def draw_fixed(self, batch: Batch, seed: int, total: int) -> Draws:
         """See `Task.draw_fixed`."""
         rows = [(number,) for number in batch.numbers]
-        t = [self.schedule.time((number + 0.5) / total) for number in batch.numbers]
+        order = draws.permutation(total, seed, "validation timesteps")  # pictures are often sorted by what they show
+        t = [self.schedule.time((order[number] + 0.5) / total) for number in batch.numbers]
         return self.noises(batch, seed, "validation ", rows, t)
 
     def noises(self, batch: Batch, seed: int, purpose: str, rows: Sequence[tuple[int, ...]], t: list[float]) -> Draws:

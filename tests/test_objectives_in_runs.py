@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,15 @@ def test_offset_noise_and_perturbation_are_drawn_for_each_sample_and_channel(sd:
     assert held_out.shown is None  # perturbation is for training, not for measuring
 
 
+def test_held_out_pictures_have_timesteps_spread_evenly_in_no_order(sd: Path, photos: Path, tmp_path: Path) -> None:
+    run = Run(make_recipe(sd, photos, tmp_path / "run"))
+    batch = first_batch(run)
+    drawn = [run.task.draw_fixed(replace(batch, numbers=[i, i + 1]), seed=3, total=40).t for i in range(0, 40, 2)]
+    found = torch.cat([t for t in drawn if t is not None])
+    assert found.sort().values.tolist() == list(range(12, 1000, 25))
+    assert torch.corrcoef(torch.stack([found.float(), torch.arange(40.0)]))[0, 1].abs() < 0.5
+
+
 def test_the_network_sees_the_perturbed_noise_and_is_asked_for_the_other(sd: Path, photos: Path, tmp_path: Path):
     run = Run(make_recipe(sd, photos, tmp_path / "run", train={"cache": False}))
     task = DenoisingTask(run.family, objective=Objective(offset_noise=0.2, input_perturbation=0.1), cache=False)
@@ -91,8 +101,6 @@ def test_the_network_sees_the_perturbed_noise_and_is_asked_for_the_other(sd: Pat
 
 
 def test_masks_weigh_the_loss_at_the_size_of_latents(sd: Path, photos: Path, tmp_path: Path):
-    from dataclasses import replace
-
     run = Run(make_recipe(sd, photos, tmp_path / "run"))
     masks = torch.zeros(3, 1, 64, 64, dtype=torch.uint8)
     masks[1, :, :31, 9:] = 255
