@@ -486,9 +486,15 @@ def compile_denoiser(family: Family) -> None:
 
 
 def save_memory(networks: Sequence[nn.Module]) -> None:
-    """Gradient checkpointing: activations are computed again in the backward pass instead of kept."""
+    """Gradient checkpointing: activations are computed again in the backward pass instead of kept.
+
+    Raises:
+        UsageError: a network has nothing that could be.
+    """
     for network in networks:
         kind: Any = network.train()  # in evaluation mode they are kept
+        if not getattr(kind, "_supports_gradient_checkpointing", True):
+            raise UsageError(f"train.gradient_checkpointing: {type(kind).__name__} is too small to have it; remove it")
         if hasattr(kind, "enable_gradient_checkpointing"):
             kind.enable_gradient_checkpointing()  # diffusers' models
         elif hasattr(kind, "activation_checkpointing_enable"):

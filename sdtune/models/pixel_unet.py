@@ -27,6 +27,8 @@ class PixelUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # the two decla
         groups: of the normalizations; must divide the widths.
     """
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config
     def __init__(
         self,

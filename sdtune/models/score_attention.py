@@ -20,6 +20,8 @@ class ScoreAttention(ScoreConcat):
         size, channels, classes, widths, embedding, fourier_scale: as of `ScoreConcat`.
     """
 
+    _supports_gradient_checkpointing = True  # of the transformers
+
     @register_to_config
     def __init__(
         self,

@@ -199,6 +199,11 @@ def test_settings_of_other_losses_are_refused(tmp_path: Path) -> None:
         Run(pixel_recipe(tmp_path, objective={"snr_gamma": 5.0}))
 
 
+def test_gradient_checkpointing_is_refused_where_there_is_nothing_for_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="train.gradient_checkpointing: ScoreConcat is too small to have it; remove"):
+        Run(pixel_recipe(tmp_path, train={"gradient_checkpointing": True}))
+
+
 def test_pictures_too_small_for_the_network_are_refused_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="images.resolution: got 24 x 28, .* expected sides of 25 or more"):
         Run(pixel_recipe(tmp_path, images={"resolution": [24, 28]}))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
+from sdtune.models.attention import BasicTransformerBlock
 from sdtune.models.pixel_unet import PixelUNet
 from sdtune.models.resnet import ResNet18, ResNetDecoder
 from sdtune.models.score_attention import ScoreAttention
@@ -48,6 +49,21 @@ def test_every_parameter_learns(kind) -> None:
     network(x, t, labels).square().sum().backward()
     unmoved = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not unmoved
+
+
+@pytest.mark.parametrize("kind", [ScoreAttention, PixelUNet])
+def test_checkpointing_leaves_the_gradients_as_they_are(kind) -> None:
+    found = []
+    for checkpointing in (False, True):
+        network, calls = make(kind), []
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        attention = next(part for part in network.modules() if isinstance(part, BasicTransformerBlock))
+        attention.register_forward_pre_hook(lambda *_: calls.append(1))  # noqa: B023
+        network(*inputs()).square().sum().backward()
+        assert len(calls) == 1 + checkpointing
+        found.append([p.grad for p in network.parameters()])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("kind", SMALL)
