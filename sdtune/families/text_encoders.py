@@ -103,7 +103,18 @@ def length_of(network: Any) -> int:
 
 
 def fit(network: Any, tokenizer: Any) -> None:
-    """Note in both how captions are read, so that stock diffusers reads them so from the folder that is saved."""
+    """Note in both how captions are read, so that stock diffusers reads them so from the folder that is saved.
+
+    Raises:
+        WeightsError: the tokenizer is another encoder's, whose numbers stand for other words.
+    """
+    missing = [name for name in filter(None, kind_of(network).around) if getattr(tokenizer, name) is None]
+    if missing or len(tokenizer) > network.config.vocab_size:
+        what = f"no {missing[0]}" if missing else f"{len(tokenizer)} tokens for {network.config.vocab_size} embeddings"
+        raise WeightsError(
+            f"the tokenizer is not that of this {type(network).__name__}: it has {what}; name the text encoder's own, "
+            "often in the same folder: model.from_config.tokenizer=FOLDER"
+        )
     if kind_of(network).masked:
         tokenizer.model_max_length = length_of(network)
         network.config.use_attention_mask = True

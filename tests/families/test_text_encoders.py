@@ -37,6 +37,12 @@ def scratch(encoder: Path, **options: Any) -> StableDiffusion:
     return StableDiffusion.from_config(parts(str(encoder), encoder), seed=0, **options)
 
 
+def test_another_encoders_tokenizer_is_refused(encoder: Path, tmp_path: Path) -> None:
+    other = make_t5(tmp_path / "t5") if encoder.name == "BertModel" else make_bert(tmp_path / "bert")
+    with pytest.raises(WeightsError, match=f"of this {encoder.name}: it has no .*model.from_config.tokenizer="):
+        StableDiffusion.from_config(parts(str(encoder), other), seed=0)
+
+
 def test_padding_is_not_read(encoder: Path) -> None:
     import transformers
 

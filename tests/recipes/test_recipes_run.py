@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdtune import building
 from sdtune.config import DataSource, Recipe, load, resolve_asset
 from sdtune.data.metadata import read_rows, write_rows
 from sdtune.families.inpainting import masked_channels
@@ -132,6 +133,16 @@ def small(path: Path) -> Recipe:
         prompt = next(iter(classes_of(recipe)), f"a dog {word}")
         changes |= {"validate.samples.prompts": f"['{prompt}']", "validate.samples.steps": 2}
     return load(path, [f"{key}={value}" for key, value in changes.items()])
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.startswith("cars")], ids=lambda path: path.stem)
+def test_stanford_cars_as_they_are_downloaded_are_taken(path: Path, workplace: Path) -> None:
+    """A folder of 00001.jpg, 00002.jpg ... and nothing beside them."""
+    Path("cars").mkdir()
+    Image.new("RGB", (80, 60)).save("cars/00001.jpg")
+    recipe = load(path, ["data.0.path=cars"])
+    source = building.make_source(recipe, recipe.data[0])
+    assert [picture.captions for picture in source.pictures] == [("",)]
 
 
 def test_there_are_recipes() -> None:
