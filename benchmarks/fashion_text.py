@@ -1,6 +1,6 @@
 """Does fashion_text draw the clothes that a sentence asks for, as a classifier reads them?
 
-    python benchmarks/fashion_text.py --guidance 5
+    python benchmarks/fashion_text.py
 
 Needs runs/fashion-text (recipes/fashion_vae.yaml, then fashion_text.yaml), a classifier that reads what was drawn
 (python benchmarks/classifier.py data/fashion_mnist) and the pictures of data/fashion_mnist. Measures sentences of the
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--data", type=Path, default=Path("data/fashion_mnist"))
     parser.add_argument("--count", type=int, default=50, help="pictures of each class")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.4, 0.6, 0.8])
     parser.add_argument("--out", type=Path, default=Path("runs/fashion-text-measured"))
     settings = parser.parse_args(arguments)
