@@ -10,7 +10,7 @@ prepared as in Chefer et al. 2023, "Attend-and-Excite", as there.
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,6 +134,11 @@ def token_positions(family: Family, prompt: str, subject: str) -> list[int]:
     if found := re.search(rf"(?<!\w){words}(?!\w)", prompt, re.IGNORECASE) if words else None:  # not within a word
         parts = [prompt[: found.start()].rstrip(), prompt[: found.end()]]
         begin, end = map(len, token_ids(family.tokenizers[name], parts))
+        if end > (read := max(1, family.max_tokens // 75) * inside):
+            raise UsageError(
+                f"--subjects: '{subject}' ends at token {end} of the prompt, of which {read} are read; put it further "
+                "ahead, or shorten the prompt"
+            )
         return [i // inside * width + before + i % inside for i in range(begin, end)]
     raise UsageError(f"--subjects: '{subject}' is not in the prompt '{prompt}'; expected words as they stand there")
 
@@ -174,15 +179,15 @@ def smooth(values: Tensor, size: tuple[int, int]) -> Tensor:
     return F.conv2d(padded, kernel[None, None]).flatten()
 
 
-def map_level(sides: tuple[int, int], levels: int) -> tuple[int, tuple[int, int]]:
+def map_level(sides: tuple[int, int], levels: Iterable[int]) -> tuple[int, tuple[int, int]]:
     """Which level of a UNet is read, 0 being the finest, and its (h, w): the coarsest with `POSITIONS`, or the finest.
 
     Args:
-        sides: of the latents. levels: of the UNet.
+        sides: of the latents. levels: those that have attention to words.
     """
-    sizes = [(-(-sides[0] // 2**i), -(-sides[1] // 2**i)) for i in range(levels)]
-    large = [i for i, (h, w) in enumerate(sizes) if h * w >= POSITIONS]
-    level = large[-1] if large else 0
+    sizes = {i: (-(-sides[0] // 2**i), -(-sides[1] // 2**i)) for i in levels}
+    large = [i for i, (h, w) in sizes.items() if h * w >= POSITIONS]
+    level = max(large) if large else min(sizes)
     return level, sizes[level]
 
 
@@ -232,7 +237,13 @@ class Scorer:
         self.family, self.t = family, t
         self.unet = family.modules[family.denoiser]
         self.levels = len(self.unet.config.block_out_channels)
-        self.level, self.size = map_level(family.latent_shape(height, width)[1:], self.levels)
+        layers = [name for name, _ in self.unet.named_modules() if name.endswith("attn2")]
+        if not layers:
+            raise UsageError(
+                "--init-noise-optimization: this UNet has no attention to words, which it reads; draw without it"
+            )
+        attending = {level_of(name, self.levels) for name in layers}
+        self.level, self.size = map_level(family.latent_shape(height, width)[1:], attending)
         self.subjects = []
         for prompt in prompts:
             names = subjects if subjects is not None else subjects_in(prompt)
@@ -258,8 +269,6 @@ class Scorer:
         with recorded_maps(self.unet, self.read) as maps:
             t = torch.full((len(noise),), self.t, device=noise.device)
             self.family.predict(noise.to(self.unet.dtype), t, self.conditioning)
-        if not maps:
-            raise UsageError("--init-noise-optimization: this UNet has no attention at the size that is read")
         kinds = [
             torch.cat([each.float() for name, each in maps.items() if name.endswith(kind)], dim=1).mean(1)
             for kind in ("attn2", "attn1")

@@ -95,13 +95,11 @@ def metadata(
     """The head of the card, as YAML that the Hub reads."""
     from huggingface_hub import ModelCardData
 
-    base, vae = hub_base(recipe), recipe.task == "autoencoding"
-    drawing = None if vae else "image-to-image" if inpaints else "text-to-image"
-    triggers = trigger_words(recipe)
+    base, triggers = hub_base(recipe), trigger_words(recipe)
     fields: dict[str, Any] = {
         "license": license or licence(recipe),
         "library_name": "diffusers",
-        "pipeline_tag": drawing,
+        "pipeline_tag": None if recipe.task == "autoencoding" else "image-to-image" if inpaints else drawing(recipe),
         "base_model": base,
         "base_model_relation": base and ("finetune" if recipe.adapter.kind == "full" else "adapter"),
         "instance_prompt": triggers[0] if triggers else None,
@@ -116,7 +114,7 @@ def tags(recipe: Recipe, inpaints: bool) -> list[str]:
     found = ["diffusers", "diffusers-training", "sdtune", FAMILY_TAGS.get(recipe.model.family, recipe.model.family)]
     if recipe.task == "autoencoding":
         return [*found, "autoencoder"]
-    found.append("inpainting" if inpaints else "text-to-image")
+    found.append("inpainting" if inpaints else drawing(recipe))
     kind = recipe.adapter.kind
     if kind in ("lora", "rslora", "dora"):
         found += ["lora", "template:sd-lora"]  # the second asks for the page with the gallery
@@ -127,6 +125,13 @@ def tags(recipe: Recipe, inpaints: bool) -> list[str]:
     if any(source.role == "class" or source.prompt for source in recipe.data):
         found.append("dreambooth")
     return found
+
+
+def drawing(recipe: Recipe) -> str:
+    """What the Hub calls it: from words, the names of classes among them, or from nothing."""
+    denoiser = (recipe.model.from_config or {}).get("denoiser")
+    asked = not isinstance(denoiser, dict) or denoiser.get("classes")
+    return "text-to-image" if asked else "unconditional-image-generation"
 
 
 def trigger_words(recipe: Recipe) -> list[str]:
@@ -149,8 +154,15 @@ def summary(recipe: Recipe, inpaints: bool) -> str:
         return f"The VAE of {origin}, trained further." if origin else "A VAE, trained from scratch."
     method = METHODS[recipe.adapter.kind]
     what = f"{method[0].upper()}{method[1:]} of {origin}" if origin else "A model trained from scratch"
-    use = "It fills in the hidden part of a picture from a text." if inpaints else "It makes pictures from text."
-    return f"{what}. {use}"
+    return f"{what}. {use(recipe, inpaints)}"
+
+
+def use(recipe: Recipe, inpaints: bool) -> str:
+    """What it is for, in a sentence."""
+    denoiser = (recipe.model.from_config or {}).get("denoiser")
+    if isinstance(denoiser, dict):  # which is asked for classes, if it has some
+        return "It makes pictures of the classes it knows." if denoiser.get("classes") else "It makes pictures."
+    return "It fills in the hidden part of a picture from a text." if inpaints else "It makes pictures from text."
 
 
 def hub_base(recipe: Recipe) -> str | None:

@@ -175,6 +175,13 @@ def test_from_scratch_needs_every_part(bare: Path) -> None:
     assert {f"model.from_config.{part}" for part in ("vae", "text_encoder", "scheduler")} <= set(found)
 
 
+def test_random_weights_are_not_for_an_adapter(bare: Path) -> None:
+    scratch = ["model.base=null", "model.from_config={unet: {}}"]
+    found = faults(bare, *scratch, "adapter.kind=lora")
+    assert "model.from_config.unet makes random weights, which only full training changes" in found["adapter.kind"]
+    assert "adapter.kind" not in faults(bare, *scratch, "adapter={kind: full}")
+
+
 def test_samples_are_drawn_in_no_more_steps_than_the_noise_schedule_has(bare: Path) -> None:
     scratch = ["model.base=null", "model.from_config={scheduler: {num_train_timesteps: 20}}"]
     found = faults(bare, *scratch, "validate.samples={prompts: [a], steps: 21}")

@@ -54,13 +54,17 @@ def test_their_tokens_stand_where_the_text_encoder_has_them() -> None:
     assert token_positions(family, far, "dog") == [32 + 1]
     with pytest.raises(UsageError, match="'cat' is not in the prompt 'a dog'"):
         token_positions(family, "a dog", "cat")
+    with pytest.raises(UsageError, match="'dog' ends at token 61 of the prompt, of which 60 are read"):
+        token_positions(family, "a " * 60 + "dog", "dog")
 
 
 def test_which_layers_are_read() -> None:
     """16 x 16 of Stable Diffusion's 64 x 64, as the authors do; the finest where there are fewer positions."""
-    assert map_level((64, 64), 4) == (2, (16, 16))
-    assert map_level((64, 96), 4) == (2, (16, 24))
-    assert map_level((8, 8), 2) == (0, (8, 8))
+    assert map_level((64, 64), range(4)) == (2, (16, 16))
+    assert map_level((64, 96), range(4)) == (2, (16, 24))
+    assert map_level((8, 8), range(2)) == (0, (8, 8))
+    assert map_level((64, 64), [0, 1]) == (1, (32, 32))  # of those that have attention
+    assert map_level((8, 8), [1]) == (1, (4, 4))
     names = ["down_blocks.2.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.2", "up_blocks.3.x"]
     assert [level_of(name, 4) for name in names] == [2, 3, 2, 0]
 
@@ -129,6 +133,15 @@ def test_of_the_levels_of_stable_diffusion_the_authors_is_read(tmp_path: Path) -
     assert [name.partition(".attn")[0][:13] for name in read] == ["down_blocks.2"] * 2 + ["up_blocks.1.a"] * 3
     with torch.no_grad():
         ((response, conflict),) = scorer(torch.randn(1, 4, 64, 64))
+    assert 0 < response < 1 and 0 < conflict <= 0.5
+
+
+def test_the_level_that_has_attention_is_read(tmp_path: Path) -> None:
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    family = StableDiffusion.load(str(make_sd(tmp_path / "base", down_block_types=down, up_block_types=up)))
+    scorer = Scorer(family, ["a photo of dog"], ["photo", "dog"], 64, 64, 999)
+    with torch.no_grad():
+        ((response, conflict),) = scorer(torch.randn(1, *family.latent_shape(64, 64)))
     assert 0 < response < 1 and 0 < conflict <= 0.5
 
 

@@ -119,6 +119,15 @@ def test_the_card_tells_each_rate_and_the_command_that_trains_it() -> None:
     assert "\nsdtune train run.yaml\n" in card
 
 
+def test_the_card_says_what_is_asked_of_a_model_of_pixels() -> None:
+    asked, unasked = ["of the classes", "text-to-image"], ["makes pictures.", "unconditional-image-generation"]
+    for classes, told in ((["bag"], asked), ([], unasked)):
+        parts = {"denoiser": {"kind": "unet", "classes": classes}, "scheduler": {}}
+        model = {"family": "pixel", "base": None, "from_config": parts}
+        card = model_card(make_recipe("tiny", "assets:demo", "run", model=model, adapter={"kind": "full"}), "ann/bag")
+        assert all(words in card for words in told)
+
+
 def test_the_code_of_the_card_draws_what_was_learned() -> None:
     photos = {"path": "assets:demo", "prompt": "a photo of sks dog"}
     recipe = make_recipe("tiny", "photos", "run", data=[photos])

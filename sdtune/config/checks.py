@@ -182,6 +182,10 @@ def _parts(recipe: Recipe) -> Iterator[Fault]:
     for name in parts:
         if name not in needed:
             yield f"model.from_config.{name}", f"unknown key; {nearest(name, needed)}"
+    learner = next((name for name in ("unet", "denoiser") if isinstance(parts.get(name), dict)), None)
+    if recipe.adapter.kind != "full" and learner is not None:
+        what = f"got {recipe.adapter.kind}, but model.from_config.{learner} makes random weights, which only full"
+        yield "adapter.kind", f"{what} training changes; set adapter.kind=full, or name a model with model.base"
     for name in needed:
         if name not in parts:
             yield f"model.from_config.{name}", "missing; expected configuration values, or a folder or hub id to load"

@@ -15,7 +15,7 @@ from sdtune.families import PARTS, fingerprints
 from sdtune.families.base import Conditioning
 from sdtune.families.loading import freeze, make_network, open_network, part_folder, read_index, read_settings
 from sdtune.families.saving import save_network
-from sdtune.families.schedulers import own_sampler, scheduler_class
+from sdtune.families.schedulers import check_settings, own_sampler, scheduler_class
 from sdtune.models import DENOISERS, denoiser_class
 from sdtune.models.config import each
 
@@ -73,6 +73,8 @@ class Pixel:
         denoiser, scheduler = config["denoiser"], config["scheduler"]
         if isinstance(scheduler, str):
             scheduler = read_settings(scheduler, part_folder(scheduler, "scheduler"), "scheduler_config.json")
+        else:
+            check_settings(scheduler)
         if isinstance(denoiser, str):
             subfolder = part_folder(denoiser, "denoiser")
             own = read_settings(denoiser, subfolder, "config.json")

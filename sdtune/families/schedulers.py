@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sdtune.errors import UsageError, nearest
+from sdtune.errors import UsageError, WeightsError, nearest
 from sdtune.families import SAMPLERS
 
 if TYPE_CHECKING:
@@ -19,11 +19,24 @@ SAMPLER = {
     "timestep_spacing": "trailing",
 }
 SCORE_SAMPLER = {"_class_name": "ScoreSampler", "method": "probability-flow"}  # the same of score models
+OF_SCORES = {"sigma", "data_std", "method"}  # settings of their schedule and sampler
 
 
 def own_sampler(prediction: str) -> dict[str, Any]:
     """What a model without a sampler draws with, by what it predicts."""
     return SCORE_SAMPLER if prediction == "ve_score" else SAMPLER
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Raises WeightsError for a key of `model.from_config.scheduler` that no scheduler has: it would be ignored."""
+    import diffusers
+
+    names = {"DDIMScheduler", *(each["_class_name"] for each in SAMPLERS.values()), config.get("_class_name")}
+    kinds = [getattr(diffusers, name) for name in names if hasattr(diffusers, str(name))]
+    known = {key for kind in kinds for key in inspect.signature(kind).parameters} | OF_SCORES
+    for key in config:
+        if key not in known and not key.startswith("_"):
+            raise WeightsError(f"model.from_config.scheduler.{key}: unknown key; {nearest(key, sorted(known))}")
 
 
 def check_name(name: str | None) -> None:

@@ -25,7 +25,7 @@ from sdtune.families.loading import (
     vae_subfolder,
 )
 from sdtune.families.saving import save_network
-from sdtune.families.schedulers import SAMPLER, scheduler_class
+from sdtune.families.schedulers import SAMPLER, check_settings, scheduler_class
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -119,6 +119,7 @@ class StableDiffusion:
             if isinstance(value, str):
                 opened[part] = cls.open(part, value, part_folder(value, part))
             elif part == "scheduler":
+                check_settings(value)
                 opened[part] = SAMPLER | value
             else:
                 opened[part] = cls.make(part, dict(value), seed, opened)

@@ -118,6 +118,8 @@ def test_faults_are_told(tmp_path: Path, sd: Path) -> None:
         make_family(kind="unett")
     with pytest.raises(WeightsError, match="model.from_config.denoiser.width: unknown key; did you mean 'widths'?"):
         make_family(width=8)
+    with pytest.raises(WeightsError, match="scheduler.sgima: unknown key; did you mean 'sigma'?"):
+        make_family({"sgima": 25.0})
     with pytest.raises(WeightsError, match="denoiser.channels: got 2, expected 1 .grey. or 3"):
         make_family(channels=2)
     with pytest.raises(WeightsError, match="is a StableDiffusionPipeline; this family opens PixelPipeline"):
@@ -263,6 +265,7 @@ def test_the_card_draws_with_sdtune(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_settings_of_what_it_has_not_are_refused(section: str, values: dict[str, Any], what: str) -> None:
     recipe: dict[str, Any] = {
         "model": {"family": "pixel", "from_config": {"denoiser": SMALL, "scheduler": SCORE}},
+        "adapter": {"kind": "full"},
         "data": [{"path": "assets:demo"}],
         "optimizer": {"lr": 1e-4},
         "train": {"steps": 1},
